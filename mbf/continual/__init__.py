@@ -1,0 +1,15 @@
+"""The learner: one LoRA through a stream of tasks, its checkpoints, offline merging and the metrics."""
+
+from mbf.continual.learner import ContinualLora, NonFiniteAdapterError, TaskError, TaskRecord
+from mbf.continual.metrics import FORMULAS, ScoreMatrix
+from mbf.continual.offline import merge_adapters
+
+__all__ = [
+    "FORMULAS",
+    "ContinualLora",
+    "NonFiniteAdapterError",
+    "ScoreMatrix",
+    "TaskError",
+    "TaskRecord",
+    "merge_adapters",
+]

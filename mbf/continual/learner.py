@@ -1,0 +1,327 @@
+"""ContinualLora: takes a PEFT model through tasks, one after another, by the rules of a method."""
+
+from __future__ import annotations
+
+import logging
+import time
+import warnings
+from collections.abc import Iterable, Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass
+from os import PathLike
+from typing import Any, Literal
+
+import torch
+from torch import Tensor, nn
+
+from mbf.continual import checkpoint
+from mbf.continual.hooks import TrainingHooks
+from mbf.methods import Factors, Method, get
+from mbf.peft import AdapterLayer, adapter_layers, sync_config
+
+logger = logging.getLogger("mbf")
+
+Batches = Iterable[Mapping[str, Tensor]]
+
+
+class TaskError(RuntimeError):
+    """A task could not begin or end; the merged LoRA is as it was before."""
+
+
+class NonFiniteAdapterError(TaskError):
+    """A task left inf or NaN in the adapter; names the task and the layers."""
+
+
+@dataclass(frozen=True)
+class TaskRecord:
+    """A task that was learnt: its number (from 1), its name, optimiser steps seen and seconds taken."""
+
+    index: int
+    name: str
+    steps: int
+    seconds: float
+
+
+@dataclass
+class _Active:
+    """The task in progress, and all that is needed to undo it."""
+
+    name: str
+    index: int
+    merged: Factors
+    state: dict[str, Any]
+    trained: list[tuple[bool, bool]]
+    hooks: TrainingHooks
+    began: float
+
+
+class ContinualLora:
+    """One LoRA that learns task after task.
+
+    Args:
+        model: a PEFT model, or any model with injected PEFT LoRA layers.
+        method: a name of ``mbf.methods.available()``, or a ``Method``.
+        adapter: the PEFT adapter that learns.
+        learnt: name for the task that the adapter has learnt already. By default an adapter with a non-zero B counts
+            as trained and enters as task 1 under the name ``"before"``; False says that it is only an initialisation.
+        **options: the method's options.
+
+    Raises:
+        ValueError: unknown method, or an adapter that no merge rule covers (DoRA, lora_bias, modules_to_save, ...).
+        pydantic.ValidationError: unknown or wrong options.
+
+    Between tasks the adapter *is* the merged LoRA: evaluate it, ``save_pretrained`` it, push it. Inside a task it is
+    the LoRA in training. A task that raises, or ends with a non-finite adapter, is undone.
+
+    >>> learner = mbf.ContinualLora(model, method="slao")
+    >>> for name, loader in tasks.items():
+    ...     with learner.task(name):
+    ...         train(model, loader)
+    """
+
+    def __init__(
+        self,
+        model: nn.Module,
+        method: str | Method = "slao",
+        adapter: str = "default",
+        *,
+        learnt: str | Literal[False] | None = None,
+        **options: Any,
+    ) -> None:
+        if isinstance(method, Method) and options:
+            raise ValueError(
+                f"options {sorted(options)} come with a method that is built already; pass its name instead"
+            )
+        self.model = model
+        self.adapter = adapter
+        self.layers: list[AdapterLayer] = adapter_layers(model, adapter)
+        self.method = method if isinstance(method, Method) else get(method)(**options)
+        self.method.layers = self.layers
+        self.history: list[TaskRecord] = []
+        self._active: _Active | None = None
+        if learnt or (learnt is None and any(bool(layer.B.count_nonzero()) for layer in self.layers)):
+            self._adopt(learnt or "before")
+        self._inference = TrainingHooks.for_inference(self)
+
+    def __repr__(self) -> str:
+        now = f"in task {self.task_index} {self._active.name!r}" if self._active else f"{len(self.history)} learnt"
+        return f"ContinualLora({self.method.name}, adapter={self.adapter!r}, {len(self.layers)} layers, {now})"
+
+    @property
+    def task_index(self) -> int:
+        """Number of the task in progress, else of the last one learnt; 0 before the first."""
+        return self._active.index if self._active else len(self.history)
+
+    @property
+    def in_task(self) -> bool:
+        """Whether a task is in progress."""
+        return self._active is not None
+
+    # -- a task --------------------------------------------------------------------------------------------------------
+
+    @contextmanager
+    def task(self, name: str, data: Batches | None = None) -> Iterator[ContinualLora]:
+        """Learn a task inside the block: begin, train, end. An exception undoes the task and passes on.
+
+        Args:
+            name: what the task is called in history and errors.
+            data: batches of the task, for methods that take statistics of it; others ignore it.
+        """
+        self.begin_task(name, data)
+        try:
+            yield self
+        except BaseException as error:
+            index = self.task_index
+            self.abandon_task()
+            note = f"task {index} {name!r} was abandoned; the merged LoRA is as it was before it"
+            logger.warning("%s (%s)", note, type(error).__name__)
+            if hasattr(error, "add_note"):
+                error.add_note(note)
+            raise
+        self.end_task(data)
+
+    def begin_task(self, name: str, data: Batches | None = None) -> None:
+        """Write the task's starting LoRA into the adapter. Build the optimiser after this: parameters may be replaced.
+
+        Raises:
+            TaskError: a task is in progress, the adapter is inactive or merged into W, or the method needs ``data``.
+        """
+        i = len(self.history) + 1
+        self._check_can_begin(name, i, data)
+        self.method.merged = self.method.current.clone()
+        self._active = _Active(
+            name=name,
+            index=i,
+            merged=self.method.merged,
+            state=dict(self.method.state),
+            trained=[(layer.A.requires_grad, layer.B.requires_grad) for layer in self.layers],
+            hooks=TrainingHooks(self),
+            began=time.perf_counter(),
+        )
+        try:
+            self.method.before_task(i, data)
+            with torch.no_grad():
+                self.method.init_adapter(i)
+            sync_config(self.model, self.adapter)
+            trains_A, trains_B = self.method.trains(i)
+            for layer in self.layers:
+                layer.A.requires_grad_(trains_A)
+                layer.B.requires_grad_(trains_B)
+            self._active.hooks.attach()
+        except BaseException:
+            self.abandon_task()
+            raise
+
+    def end_task(self, data: Batches | None = None) -> None:
+        """Merge what was learnt: afterwards the adapter is the merged LoRA.
+
+        Raises:
+            NonFiniteAdapterError: the trained or the merged LoRA has inf or NaN; the task is undone.
+            TaskError: no task is in progress.
+        """
+        active = self._require_active("end_task")
+        try:
+            self._check_finite(f"task {active.index} {active.name!r} left")
+            if not active.hooks.steps:
+                warnings.warn(
+                    f"task {active.index} {active.name!r}: no optimiser step reached the adapter. If it was trained, "
+                    "build the optimiser after begin_task, over the model's parameters as they are then.",
+                    stacklevel=3,
+                )
+            active.hooks.detach()
+            self.method.route(None)
+            with torch.no_grad():
+                self.method.after_task(active.index, data)
+            self._check_finite(f"merging task {active.index} {active.name!r} gave")
+        except BaseException:
+            self.abandon_task()
+            raise
+        sync_config(self.model, self.adapter)
+        self._restore_requires_grad(active)
+        seconds = time.perf_counter() - active.began
+        self.history.append(TaskRecord(active.index, active.name, active.hooks.steps, seconds))
+        self._active = None
+
+    def abandon_task(self) -> None:
+        """Undo the task in progress: the adapter and the method's state are again what they were before it."""
+        active = self._require_active("abandon_task")
+        active.hooks.detach()
+        self.method.route(None)
+        self.method.state = active.state
+        with torch.no_grad():
+            self.method.write(active.merged)
+        sync_config(self.model, self.adapter)
+        self._restore_requires_grad(active)
+        self._active = None
+
+    @contextmanager
+    def merged_view(self, weight: float | Tensor | None = None) -> Iterator[nn.Module]:
+        """The model computes with the would-be merge of the task in progress; nothing is written.
+
+        Args:
+            weight: λ, a float or a 0-d tensor (which may require grad: the forward is differentiable in it). None is
+                the method's own λ(i). Only for methods that merge with a weight.
+
+        Raises:
+            TaskError: ``weight`` is given outside a task, where there is nothing left to merge.
+        """
+        if self._active is None:
+            if weight is not None:
+                raise TaskError(
+                    "merged_view(weight) needs a task in progress: between tasks the merge is written already"
+                )
+            yield self.model
+            return
+        method, i = self.method, self._active.index
+        index = {layer.name: n for n, layer in enumerate(self.layers)}
+        method.merged_terms(self.layers[0], 0, i, weight)  # a method without a weight says so before anything changes
+        try:
+            for layer in self.layers:
+                layer.route(lambda layer: method.merged_terms(layer, index[layer.name], i, weight))
+            yield self.model
+        finally:
+            method.route(method.terms)
+
+    # -- what is kept --------------------------------------------------------------------------------------------------
+
+    def save(self, directory: str | PathLike[str]) -> None:
+        """Write the learner, atomically: an adapter that plain PEFT loads, and beside it the method's state.
+
+        Raises:
+            TaskError: a task is in progress.
+        """
+        if self._active is not None:
+            raise TaskError(
+                f"task {self._active.index} {self._active.name!r} is in progress; end or abandon it before saving"
+            )
+        checkpoint.save(self, directory)
+
+    @classmethod
+    def load(cls, model: nn.Module, directory: str | PathLike[str], **options: Any) -> ContinualLora:
+        """Restore a learner that ``save`` wrote.
+
+        Args:
+            model: the base model, which gets the adapter, or a model that has it already (of any rank).
+            directory: where it was saved.
+            **options: values for options that cannot be stored (a callable schedule).
+
+        Raises:
+            checkpoint.CheckpointError: missing, damaged or foreign files, or another model; nothing has changed then.
+        """
+        return checkpoint.load(cls, model, directory, options)
+
+    def memory_bytes(self) -> dict[str, int]:
+        """Bytes that persist between tasks: ``adapter`` (the merged LoRA) and ``state`` (all else the method keeps)."""
+        return {"adapter": self.method.current.bytes(), "state": self.method.state_bytes()}
+
+    # -- checks --------------------------------------------------------------------------------------------------------
+
+    def _adopt(self, name: str) -> None:
+        self._check_finite("the adapter given as already trained has")
+        self.method.merged = self.method.current.clone()
+        with torch.no_grad():
+            self.method.after_task(1, None)
+        sync_config(self.model, self.adapter)
+        self.history.append(TaskRecord(1, name, 0, 0.0))
+
+    def _require_active(self, caller: str) -> _Active:
+        if self._active is None:
+            raise TaskError(f"{caller}: no task is in progress; call begin_task(name) first")
+        return self._active
+
+    def _check_can_begin(self, name: str, i: int, data: Batches | None) -> None:
+        if self._active is not None:
+            raise TaskError(f"task {self._active.name!r} is in progress; end or abandon it before {name!r} begins")
+        if self.method.joint and self.history:
+            raise TaskError(f"method {self.method.name!r} learns all tasks at once: task {i} {name!r} cannot follow")
+        if self.method.needs_data and data is None:
+            raise TaskError(
+                f"method {self.method.name!r} takes statistics of the task: call task({name!r}, data=batches)"
+            )
+        for layer in self.layers:
+            if self.adapter not in layer.module.active_adapters:
+                raise TaskError(
+                    f"adapter {self.adapter!r} is not active in {layer.name} (active: {layer.module.active_adapters}); "
+                    f"call model.set_adapter({self.adapter!r})"
+                )
+            if layer.module.merged:
+                raise TaskError(f"an adapter is merged into W of {layer.name}; call model.unmerge_adapter()")
+
+    def _check_finite(self, what: str) -> None:
+        factors = self.method.current
+        bad = [
+            f"{layer.name} ({' and '.join(names)})"
+            for layer, A, B in zip(self.layers, factors.A, factors.B, strict=True)
+            if (names := [n for n, t in (("A", A), ("B", B)) if not bool(torch.isfinite(t).all())])
+        ]
+        if bad:
+            more = f" and {len(bad) - 3} more layers" if len(bad) > 3 else ""
+            raise NonFiniteAdapterError(
+                f"{what} inf or NaN in {', '.join(bad[:3])}{more}; the merged LoRA is as it was. Lower the learning "
+                "rate, clip gradients, or train in a wider dtype."
+            )
+
+    def _restore_requires_grad(self, active: _Active) -> None:
+        for layer, (A, B) in zip(self.layers, active.trained, strict=True):
+            layer.A.requires_grad_(A)
+            layer.B.requires_grad_(B)

@@ -1,0 +1,279 @@
+"""What a continual-LoRA method is: its hooks, its options, and the layers it is given.
+
+The learner (``mbf.continual``) calls the hooks in this order for task ``i`` (counted from 1)::
+
+    before_task(i, data)      statistics of the new task, if the method needs a pass over its data
+    init_adapter(i)           write the start (A, B) of the task; install routes
+    ── the user's training loop, plain or transformers.Trainer ──
+       forward_mod(step, inputs)   before every forward of the model in training mode
+       loss_extra()                just before every optimiser step; its gradient is added to the parameters'
+       after_backward()            then, with the final gradients in place
+       after_step(step)            just after every optimiser step
+    ── end ──
+    after_task(i, data)       write the merged (A, B), which is what is evaluated, saved and shipped
+
+The learner removes the task's routes before ``after_task``; a method that routes at inference sets them anew there.
+Outside a task ``inference_adapter(inputs)`` runs before every forward, for methods that route by prompt. A method keeps
+what outlives a task in ``self.state`` and replaces its entries rather than changing them in place: the learner rolls an
+interrupted task back by restoring the entries and the adapter as they were.
+"""
+
+from __future__ import annotations
+
+import difflib
+import math
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any, ClassVar, Literal, Protocol
+
+import torch
+from pydantic import BaseModel, ConfigDict
+from torch import Tensor
+
+from mbf.ops import LoraTerms
+
+Grade = Literal["CODE", "NOTE", "3RD", "ABS", "standard", "paper"]
+
+
+class Layer(Protocol):
+    """One adapted linear layer, ``y = x Wᵀ + s (x Aᵀ) Bᵀ``, W ``[d_out, d_in]``, ``A [r, d_in]``, ``B [d_out, r]``.
+
+    ``mbf.peft.AdapterLayer`` is the implementation over a PEFT layer.
+    """
+
+    name: str
+
+    @property
+    def A(self) -> torch.nn.Parameter: ...
+
+    @property
+    def B(self) -> torch.nn.Parameter: ...
+
+    @property
+    def scale(self) -> float:
+        """s, as the layer applies it now."""
+        ...
+
+    def write(self, A: Tensor, B: Tensor) -> None:
+        """Set A and B. The parameters keep their identity when the rank stays; otherwise they are replaced and PEFT's
+        ``r`` and ``lora_alpha`` follow so that s stays what it was."""
+        ...
+
+    def route(self, terms: Callable[[Layer], LoraTerms] | None) -> None:
+        """Have every forward compute with ``terms(layer)`` instead of the plain (A, B); None undoes it."""
+        ...
+
+
+class Options(BaseModel):
+    """Options of a method: unknown names and wrong types are errors."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True, arbitrary_types_allowed=True)
+
+
+@dataclass(frozen=True)
+class MethodInfo:
+    """One row of ``mbf methods``."""
+
+    title: str
+    trained: str
+    frozen: str
+    merge: str
+    memory: str
+    data_free: bool = True
+    task_id: bool = False
+    grade: Grade = "standard"
+    source: str = ""
+
+
+@dataclass
+class Factors:
+    """A and B of every layer, in the order of ``Method.layers``."""
+
+    A: list[Tensor] = field(default_factory=list)
+    B: list[Tensor] = field(default_factory=list)
+
+    def clone(self) -> Factors:
+        return Factors([a.detach().clone() for a in self.A], [b.detach().clone() for b in self.B])
+
+    def bytes(self) -> int:
+        return sum(t.numel() * t.element_size() for t in (*self.A, *self.B))
+
+
+class Method:
+    """Base of every method; the defaults are plain sequential fine-tuning.
+
+    Attributes:
+        name: what users write.
+        info: the row of the table of methods.
+        Options: the class of its options.
+        joint: learns all tasks at once (the upper bound) instead of one after another.
+        needs_data: its hooks read the task's data, so ``task(name, data=...)`` must be given.
+        layers: the adapted layers, set by the learner.
+        merged: the merged LoRA as it was when the current task began (what a roll-back restores).
+        terms: the route in force, if any.
+        state: what outlives a task, by name: Factors, tensors, numbers. Replaced, never changed in place.
+
+    Class attributes of a new method: ``name``, ``info``, and ``Options`` where it has any; ``register`` makes it known.
+    """
+
+    name: ClassVar[str]
+    info: ClassVar[MethodInfo]
+    Options: ClassVar[type[Options]] = Options
+    joint: ClassVar[bool] = False
+    needs_data: ClassVar[bool] = False
+
+    def __init__(self, **options: Any) -> None:
+        self.options = self.Options(**options)
+        self.layers: Sequence[Layer] = ()
+        self.merged = Factors()
+        self.terms: Callable[[Layer], LoraTerms] | None = None
+        self.state: dict[str, Factors | Tensor | list[Tensor] | float | int] = {}
+
+    # -- the adapter as lists over all layers, the form that the batched operators take ------------------------------
+
+    @property
+    def current(self) -> Factors:
+        """The adapter's own (A, B), live: the parameters' data, without autograd."""
+        return Factors([layer.A.data for layer in self.layers], [layer.B.data for layer in self.layers])
+
+    def write(self, factors: Factors) -> None:
+        """Write (A, B) of every layer into the adapter."""
+        for layer, A, B in zip(self.layers, factors.A, factors.B, strict=True):
+            layer.write(A, B)
+
+    def route(self, terms: Callable[[Layer], LoraTerms] | None) -> None:
+        """Route every layer's forward through ``terms``; None undoes it."""
+        self.terms = terms
+        for layer in self.layers:
+            layer.route(terms)
+
+    def fresh(self, ranks: Sequence[int] | None = None) -> Factors:
+        """An untrained LoRA from torch's default generator: A Kaiming uniform (a = √5, PEFT's default), B zero.
+
+        Args:
+            ranks: r of every layer; by default the adapter's present ones.
+        """
+        fresh = Factors()
+        for n, layer in enumerate(self.layers):
+            r = ranks[n] if ranks is not None else layer.A.shape[0]
+            A = torch.empty(r, layer.A.shape[1], dtype=torch.float32)
+            torch.nn.init.kaiming_uniform_(A, a=math.sqrt(5))
+            fresh.A.append(A.to(layer.A))
+            fresh.B.append(layer.B.new_zeros(layer.B.shape[0], r))
+        return fresh
+
+    # -- hooks -----------------------------------------------------------------------------------------------------
+
+    def trains(self, i: int) -> tuple[bool, bool]:
+        """Whether (A, B) of the adapter are trained in task i."""
+        return True, True
+
+    def before_task(self, i: int, data: Iterable[Mapping[str, Tensor]] | None) -> None:
+        """See the task's data before its start is chosen."""
+
+    def init_adapter(self, i: int) -> None:
+        """Write the factors from which task i starts."""
+
+    def forward_mod(self, step: int, inputs: Mapping[str, Any]) -> None:
+        """Change how the layers compute in the coming training forward."""
+
+    def loss_extra(self) -> Tensor | None:
+        """A penalty on the parameters, or None. Differentiated once an optimiser step, whatever the accumulation."""
+        return None
+
+    def after_backward(self) -> None:
+        """Change gradients just before the optimiser's step."""
+
+    def after_step(self, step: int) -> None:
+        """Change parameters just after the optimiser's step."""
+
+    def after_task(self, i: int, data: Iterable[Mapping[str, Tensor]] | None) -> None:
+        """Merge: write the LoRA that is evaluated and shipped, and keep in ``state`` what the next task starts from."""
+
+    def inference_adapter(self, inputs: Mapping[str, Any]) -> None:
+        """Choose, outside a task, how the layers compute for the coming inputs."""
+
+    def merged_terms(self, layer: Layer, index: int, i: int, weight: float | Tensor | None) -> LoraTerms:
+        """The would-be merge of ``layer`` (at ``index`` of ``layers``) inside task i, as terms of one forward.
+
+        The default is for methods whose merge is what they train: the adapter as it computes now.
+        """
+        if weight is not None:
+            raise ValueError(f"method {self.name!r} merges without a weight; call merged_view() with none")
+        return self.terms(layer) if self.terms else LoraTerms(layer.A, layer.B, layer.scale)
+
+    # -- persistence -------------------------------------------------------------------------------------------------
+
+    def state_dict(self) -> dict[str, Tensor]:
+        """``state`` as flat named tensors; Factors and lists are spread as ``key.A.0``, ``key.B.0``, ``key.0``."""
+        flat: dict[str, Tensor] = {}
+        for key, value in self.state.items():
+            if isinstance(value, Factors):
+                flat |= {f"{key}.A.{n}": t for n, t in enumerate(value.A)}
+                flat |= {f"{key}.B.{n}": t for n, t in enumerate(value.B)}
+            elif isinstance(value, list):
+                flat |= {f"{key}.{n}": t for n, t in enumerate(value)}
+            elif isinstance(value, Tensor):
+                flat[key] = value
+            else:
+                flat[f"{key}.number"] = torch.tensor(value, dtype=torch.float64 if isinstance(value, float) else None)
+        return flat
+
+    def load_state_dict(self, flat: Mapping[str, Tensor]) -> None:
+        """The inverse of ``state_dict``."""
+        state: dict[str, Any] = {}
+        for name in sorted(flat, key=_numeric_parts):
+            key, *rest = name.split(".")
+            match rest:
+                case []:
+                    state[key] = flat[name]
+                case ["number"]:
+                    state[key] = flat[name].item()
+                case ["A" | "B" as factor, _]:
+                    getattr(state.setdefault(key, Factors()), factor).append(flat[name])
+                case _:
+                    state.setdefault(key, []).append(flat[name])
+        self.state = state
+
+    def state_bytes(self) -> int:
+        """Bytes that the method keeps beside the adapter."""
+        return sum(t.numel() * t.element_size() for t in self.state_dict().values())
+
+
+_METHODS: dict[str, type[Method]] = {}
+
+
+def register(method: type[Method]) -> type[Method]:
+    """Make a method known under ``method.name``; a class decorator.
+
+    Raises:
+        ValueError: another class has that name.
+    """
+    known = _METHODS.setdefault(method.name, method)
+    if known is not method:
+        raise ValueError(
+            f"method name {method.name!r} is taken by {known.__module__}.{known.__qualname__}; choose another"
+        )
+    return method
+
+
+def available() -> list[str]:
+    """Names of all methods, sorted."""
+    return sorted(_METHODS)
+
+
+def get(name: str) -> type[Method]:
+    """The method's class.
+
+    Raises:
+        ValueError: no method has that name; the message lists those there are.
+    """
+    if name not in _METHODS:
+        close = difflib.get_close_matches(name, _METHODS, n=1)
+        hint = f"; did you mean {close[0]!r}?" if close else ""
+        raise ValueError(f"method {name!r} is unknown{hint} (there are: {', '.join(available())})")
+    return _METHODS[name]
+
+
+def _numeric_parts(name: str) -> list[tuple[int, int, str]]:
+    return [(0, int(part), "") if part.isdigit() else (1, 0, part) for part in name.split(".")]

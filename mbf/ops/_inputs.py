@@ -1,0 +1,40 @@
+"""Checks and grouping shared by the operators that take matrices singly, stacked or in lists."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+FLOATS = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
+
+
+def check_floating(tensor: Tensor, name: str) -> None:
+    """Raise TypeError unless ``tensor`` is an fp64, fp32, bf16 or fp16 tensor."""
+    if not isinstance(tensor, Tensor) or tensor.dtype not in FLOATS:
+        found = tensor.dtype if isinstance(tensor, Tensor) else type(tensor).__name__
+        raise TypeError(f"{name}: got {found}; pass a tensor of fp64, fp32, bf16 or fp16")
+
+
+def check_matrix(matrix: Tensor, name: str) -> None:
+    """Raise TypeError or ValueError unless ``matrix`` is such a tensor of shape ``[..., rows, columns]``."""
+    check_floating(matrix, name)
+    if matrix.dim() < 2:
+        raise ValueError(f"{name}: has shape {tuple(matrix.shape)}; pass a matrix [..., rows, columns]")
+
+
+def check_finite(stacked: Tensor, names: Sequence[str]) -> None:
+    """Raise ValueError with the first of ``names`` whose entry of ``stacked [len(names), ...]`` is not finite."""
+    finite = stacked.isfinite().flatten(1).all(1)
+    if not finite.all():
+        culprit = names[int((~finite).nonzero()[0])]
+        raise ValueError(f"{culprit}: holds NaN or infinity; look for the step of training that made it so")
+
+
+def equal_groups(entries: Sequence[tuple[Tensor, ...]]) -> list[list[int]]:
+    """The indices of ``entries``, grouped by shapes, dtypes and devices, in the order of the groups' first members."""
+    groups: dict[tuple[tuple[torch.Size, torch.dtype, torch.device], ...], list[int]] = {}
+    for n, entry in enumerate(entries):
+        groups.setdefault(tuple((t.shape, t.dtype, t.device) for t in entry), []).append(n)
+    return list(groups.values())

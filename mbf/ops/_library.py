@@ -1,0 +1,96 @@
+"""The operator library ``mbf``: schemas, the compiled extension, and the one override of the dispatch.
+
+Every file beside this one defines its operator here once, with a reference that runs on any device. The compiled
+extension ``mbf._C`` (``csrc/ops.cpp``) registers faster kernels for the same operators under the CPU and CUDA keys, so
+choosing an implementation is torch's own dispatch. Nothing here imports triton or needs a compiler.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable
+from pathlib import Path
+from types import TracebackType
+from typing import Any, Literal, NamedTuple
+
+import torch
+
+LIBRARY = torch.library.Library("mbf", "DEF")
+
+Backend = Literal["auto", "reference"]
+_BACKENDS: tuple[Backend, ...] = ("auto", "reference")
+_backend: Backend = "auto"
+
+
+class NativeStatus(NamedTuple):
+    """Whether the compiled extension serves the operators, and why not."""
+
+    loaded: bool
+    path: Path | None
+    reason: str
+
+
+def _load_native() -> NativeStatus:
+    if os.environ.get("MBF_NO_NATIVE", "") not in ("", "0"):
+        return NativeStatus(False, None, "switched off by MBF_NO_NATIVE")
+    candidates = sorted(Path(__file__).resolve().parents[1].glob("_C*.so"))
+    if not candidates:
+        return NativeStatus(False, None, "not built: the install found no working C++ compiler, or MBF_BUILD_CPU=0")
+    try:
+        torch.ops.load_library(str(candidates[0]))
+    except OSError as error:
+        return NativeStatus(False, candidates[0], f"does not load with torch {torch.__version__}: {error}")
+    return NativeStatus(True, candidates[0], "loaded")
+
+
+_native = _load_native()
+
+
+def native_status() -> NativeStatus:
+    """Return whether ``mbf._C`` is loaded, from where, and otherwise why not."""
+    return _native
+
+
+def define(schema: str, reference: Callable[..., Any], fake: Callable[..., Any]) -> None:
+    """Define operator ``mbf::<schema>`` with its reference for every device and its fake (shape-only) kernel.
+
+    A kernel of the compiled extension for the same operator takes precedence on its device.
+    """
+    name = schema.split("(", 1)[0]
+    LIBRARY.define(schema, tags=(torch.Tag.pt2_compliant_tag,))
+    LIBRARY.impl(name, reference, "CompositeExplicitAutograd")
+    torch.library.register_fake(f"mbf::{name}", fake, lib=LIBRARY)
+
+
+def reference_only() -> bool:
+    """Whether ``use_backend("reference")`` is in force; the Python face of each operator asks once a call."""
+    return _backend == "reference"
+
+
+class use_backend:
+    """Choose who computes the operators: ``"auto"`` (the fastest kernel there is) or ``"reference"`` (plain torch).
+
+    Takes effect at once, for the process; as a context manager it is undone at the end of the block.
+
+    >>> with mbf.use_backend("reference"):
+    ...     y = mbf.ops.lora_linear(x, W, A, B)
+
+    Raises:
+        ValueError: for any other name.
+    """
+
+    def __init__(self, name: Backend) -> None:
+        global _backend
+        if name not in _BACKENDS:
+            raise ValueError(f"backend {name!r} is unknown; choose one of {', '.join(map(repr, _BACKENDS))}")
+        self._previous = _backend
+        _backend = name
+
+    def __enter__(self) -> use_backend:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        global _backend
+        _backend = self._previous

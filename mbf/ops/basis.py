@@ -1,0 +1,112 @@
+"""``orthonormal_rows``: the orthonormal start of a task, Q of every A (SLAO, Algorithm 1, step 1)."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import overload
+
+import torch
+from torch import Tensor
+
+from mbf.ops._inputs import check_finite, check_matrix, equal_groups
+from mbf.ops._library import define, reference_only
+
+
+def orthonormal_rows_ref(A: Tensor) -> Tensor:
+    """``Aᵀ = Qᵀ R`` by Householder QR in fp64, signed so that ``R_jj > 0``; returns Q ``[..., r, d]`` in A's dtype.
+
+    Scaling a row of A by a positive number does not change Q, so rows are scaled to max-norm 1 first: nothing
+    overflows, and R_jj is the part of row j that is independent of the rows before it.
+    """
+    rows = A.double()
+    largest = rows.abs().amax(-1, keepdim=True)
+    rows = rows / torch.where(largest == 0, 1.0, largest)
+    Qt, R = torch.linalg.qr(rows.mT)
+    R_jj = R.diagonal(dim1=-2, dim2=-1)
+    Q = (Qt * torch.where(R_jj < 0, -1.0, 1.0).unsqueeze(-2)).mT.contiguous()
+
+    dependent = (R_jj.abs() <= _rounding(rows)).any(-1)
+    for index in dependent.nonzero().tolist():
+        Q[tuple(index)] = _complete(rows[tuple(index)])
+    return Q.to(A.dtype)
+
+
+def _rounding(rows: Tensor) -> Tensor:
+    """The length below which what is left of a row ``[..., d]`` is rounding error: d ε of its norm."""
+    return torch.linalg.vector_norm(rows, dim=-1) * (rows.shape[-1] * torch.finfo(rows.dtype).eps)
+
+
+def _complete(rows: Tensor) -> Tensor:
+    """Gram-Schmidt, every projection twice; a dependent row of ``rows [r, d]`` gives way to the unit vector that is
+    furthest from the rows before it (the first of equals)."""
+    Q = torch.zeros_like(rows)
+    rounding = _rounding(rows)
+    for j, row in enumerate(rows):
+        rest = row - (Q @ row) @ Q
+        if torch.linalg.vector_norm(rest) <= rounding[j]:
+            distance = 1 - Q.square().sum(0)
+            furthest = (distance >= distance.max() - 1e-9).nonzero()[0]  # so that equals are equal despite rounding
+            unit = torch.zeros_like(row).index_fill_(0, furthest, 1.0)
+            rest = unit - (Q @ unit) @ Q
+        rest = rest - (Q @ rest) @ Q
+        Q[j] = rest / torch.linalg.vector_norm(rest)
+    return Q
+
+
+def _orthonormal_rows_fake(A: Tensor) -> Tensor:
+    return A.new_empty(A.shape)
+
+
+define("orthonormal_rows(Tensor A) -> Tensor", orthonormal_rows_ref, _orthonormal_rows_fake)
+
+
+@overload
+def orthonormal_rows(A: Tensor) -> Tensor: ...
+@overload
+def orthonormal_rows(A: Sequence[Tensor]) -> list[Tensor]: ...
+def orthonormal_rows(A: Tensor | Sequence[Tensor]) -> Tensor | list[Tensor]:
+    """Orthonormalise the rows of A by QR: ``A = Rᵀ Q`` with R upper triangular, ``R_jj > 0`` and ``Q Qᵀ = I``.
+
+    With that sign rule Q is unique: Householder QR of Aᵀ and Cholesky QR (``A Aᵀ = Rᵀ R``) agree, and orthonormal rows
+    come back unchanged. A row that depends on the rows before it to within rounding, a zero row among them, has
+    ``R_jj = 0`` and leaves its row of Q open. It becomes the part of a unit vector (the one furthest from the rows
+    before it) that is orthogonal to them, so Q is orthonormal and still spans every row of A.
+
+    Computed in fp64 and rounded once. The result carries no gradient.
+
+    Args:
+        A: ``[..., r, d]`` with 1 ≤ r ≤ d in fp64, fp32, bf16 or fp16; or a list of them, which may differ in shape,
+            dtype and device. Equal ones are computed as one batch.
+
+    Returns:
+        Q with A's shape, dtype and device; a list for a list.
+
+    Raises:
+        TypeError: for anything but such tensors.
+        ValueError: for less than a matrix, r > d, NaN or infinity, with the index in the list.
+    """
+    if isinstance(A, Tensor):
+        return _one_batch([A], ["A"])[0]
+    names = [f"A[{n}]" for n in range(len(A))]
+    for matrix, name in zip(A, names, strict=True):
+        _check(matrix, name)
+    Q: dict[int, Tensor] = {}
+    for group in equal_groups([(matrix,) for matrix in A]):
+        Q.update(zip(group, _one_batch([A[n] for n in group], [names[n] for n in group]), strict=True))
+    return [Q[n] for n in range(len(A))]
+
+
+def _check(matrix: Tensor, name: str) -> None:
+    check_matrix(matrix, name)
+    r, d = matrix.shape[-2:]
+    if not 1 <= r <= d:
+        raise ValueError(f"{name}: has shape {tuple(matrix.shape)}; only 1 ≤ r ≤ d rows can be orthonormal, r is {r}")
+
+
+def _one_batch(A: list[Tensor], names: list[str]) -> list[Tensor]:
+    """Orthonormalise matrices that share shape, dtype and device."""
+    _check(A[0], names[0])
+    stacked = torch.stack([matrix.detach() for matrix in A])
+    check_finite(stacked, names)
+    Q = orthonormal_rows_ref(stacked) if reference_only() else torch.ops.mbf.orthonormal_rows(stacked)
+    return list(Q.unbind())

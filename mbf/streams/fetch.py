@@ -1,0 +1,238 @@
+"""Fetch pinned files of a package index into the cache: verified, resumable, one process at a time, offline once there.
+
+The index is the one that pip is configured for. Its listing gives the file's address (JSON or HTML simple API), the
+bytes are streamed to ``<file>.part`` and continued from there after a break; where that is not possible (an index that
+is a folder, a login that only pip knows), pip itself downloads. Whatever the way, the file enters the cache under its
+name only with the pinned sha256.
+"""
+
+from __future__ import annotations
+
+import ast
+import hashlib
+import logging
+import os
+import re
+import subprocess
+import sys
+import tempfile
+from collections.abc import Callable
+from html.parser import HTMLParser
+from pathlib import Path
+from urllib.parse import urldefrag, urljoin
+
+import requests
+from filelock import FileLock
+
+from mbf.streams.artifacts import Artifact
+
+logger = logging.getLogger(__name__)
+
+Progress = Callable[[str, int, int], None]
+"""Called as ``progress(what, done, total)``, in bytes for a download."""
+
+CHUNK = 1 << 16
+ATTEMPTS = 4
+TIMEOUT = 60
+
+
+class FetchError(RuntimeError):
+    """A file could not be had, or is not the file that was pinned."""
+
+
+class _NoSuchFile(Exception):
+    """The index answered, but does not list the file."""
+
+
+def cache_dir(cache: str | os.PathLike[str] | None = None) -> Path:
+    """``cache`` where given, else ``$MBF_CACHE``, else ``~/.cache/mbf``."""
+    return Path(cache or os.environ.get("MBF_CACHE") or "~/.cache/mbf").expanduser()
+
+
+def cached(artifact: Artifact, cache: str | os.PathLike[str] | None = None) -> Path:
+    """Where the cache keeps the artifact, whether it is there or not."""
+    return cache_dir(cache) / "packages" / artifact.filename
+
+
+def fetch(artifact: Artifact, *, cache: str | os.PathLike[str] | None = None, progress: Progress | None = None) -> Path:
+    """The artifact's path in the cache, downloaded first if it is not there.
+
+    A file that is there with the right sha256 is returned without touching the network. A broken download is continued.
+
+    Args:
+        artifact: the pinned file.
+        cache: the cache's folder; default ``$MBF_CACHE`` or ``~/.cache/mbf``.
+        progress: called with (filename, bytes done, bytes in all) while downloading.
+
+    Raises:
+        FetchError: no way to the file, or it has another sha256 than the pinned one.
+    """
+    path = cached(artifact, cache)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with FileLock(f"{path}.lock"):
+        if path.exists():
+            if sha256_of(path) == artifact.sha256:
+                return path
+            logger.warning("%s in the cache is damaged (wrong sha256); fetching it again", path)
+            path.unlink()
+        part = path.with_name(f"{path.name}.part")
+        _download(artifact, part, progress)
+        found = sha256_of(part)
+        if found != artifact.sha256:
+            part.unlink()
+            raise FetchError(
+                f"{artifact.filename}: the downloaded file has sha256 {found}, wanted {artifact.sha256}; it was "
+                f"deleted. Try again; if it stays so, the package index serves another file: check pip's index-url."
+            )
+        part.replace(path)
+        logger.info("%s: verified, kept in %s", artifact.filename, path.parent)
+    return path
+
+
+def sha256_of(path: Path) -> str:
+    """Hexadecimal sha256 of a file."""
+    with path.open("rb") as file:
+        digest = hashlib.sha256()
+        while block := file.read(CHUNK):
+            digest.update(block)
+    return digest.hexdigest()
+
+
+# -- from the index ------------------------------------------------------------------------------------------------
+
+
+def _download(artifact: Artifact, part: Path, progress: Progress | None) -> None:
+    """Complete ``part`` from the first index that has the file, else through pip."""
+    have = f", {part.stat().st_size / 1e6:.1f} MB there already" if part.exists() else ""
+    logger.info("fetching %s (%.1f MB%s)", artifact.filename, artifact.size / 1e6, have)
+    settings = _pip_settings()
+    indexes = [settings.get("index-url") or _pip_default_index(), *settings.get("extra-index-url", "").split()]
+    reasons = []
+    with requests.Session() as session:
+        session.verify = settings.get("cert") or True
+        for index in indexes:
+            if not index.startswith(("http://", "https://")):
+                continue
+            try:
+                _stream(session, _address(session, index, artifact), artifact, part, progress)
+                return
+            except (requests.RequestException, _NoSuchFile) as error:
+                reasons.append(_without_login(str(error)))
+    failure = _download_with_pip(artifact, part)
+    if failure is None:
+        return
+    raise FetchError(
+        f"{artifact.filename} is not in the cache and could not be downloaded: {'; '.join([*reasons, failure])}. "
+        f"Check the network and pip's index-url and run again (a broken download continues where it stopped), or put "
+        f"the file into {part.parent} yourself."
+    )
+
+
+def _pip_settings() -> dict[str, str]:
+    """What pip's configuration files and environment say, the latter first; empty without pip."""
+    ranks = {"global": 0, "download": 1, ":env:": 2}
+    listing = subprocess.run([sys.executable, "-m", "pip", "config", "list"], capture_output=True, text=True)
+    found: dict[str, tuple[int, str]] = {}
+    for line in listing.stdout.splitlines():
+        match = re.fullmatch(r"(global|download|:env:)\.([\w-]+)=(.+)", line)
+        if match and ranks[match[1]] >= found.get(match[2], (0, ""))[0]:
+            found[match[2]] = ranks[match[1]], str(ast.literal_eval(match[3]))
+    return {key: value for key, (_, value) in found.items()}
+
+
+def _pip_default_index() -> str:
+    """The index that pip itself uses where nothing is configured, from its own help; empty without pip."""
+    text = subprocess.run([sys.executable, "-m", "pip", "download", "--help"], capture_output=True, text=True).stdout
+    match = re.search(r"\(default\s+(https?://[^\s)]+)\)", text)
+    return match[1] if match else ""
+
+
+def _address(session: requests.Session, index: str, artifact: Artifact) -> str:
+    """The file's address by the index's simple API, JSON (PEP 691) or HTML (PEP 503)."""
+    project = re.sub(r"[-_.]+", "-", artifact.package).lower()
+    accept = "application/vnd.pypi.simple.v1+json, application/vnd.pypi.simple.v1+html;q=0.2, text/html;q=0.1"
+    page = session.get(f"{index.rstrip('/')}/{project}/", headers={"Accept": accept}, timeout=TIMEOUT)
+    page.raise_for_status()
+    if "json" in page.headers.get("Content-Type", ""):
+        files = {file["filename"]: file["url"] for file in page.json()["files"]}
+    else:
+        anchors = _Anchors()
+        anchors.feed(page.text)
+        files = anchors.files
+    if artifact.filename not in files:
+        raise _NoSuchFile(f"the package index lists no {artifact.filename}")
+    return urldefrag(urljoin(page.url, files[artifact.filename])).url
+
+
+class _Anchors(HTMLParser):
+    """The files of an HTML page of the simple API: the last part of each link's path → the link."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.files: dict[str, str] = {}
+
+    def handle_starttag(self, tag: str, attrs: list[tuple[str, str | None]]) -> None:
+        link = dict(attrs).get("href")
+        if tag == "a" and link:
+            self.files[urldefrag(link).url.rsplit("/", 1)[-1]] = link
+
+
+def _stream(session: requests.Session, address: str, artifact: Artifact, part: Path, progress: Progress | None) -> None:
+    """Append to ``part`` what it still lacks; a connection that breaks is continued a few times."""
+    for attempt in range(1, ATTEMPTS + 1):
+        try:
+            _stream_once(session, address, artifact, part, progress)
+            return
+        except (requests.ConnectionError, requests.Timeout, requests.exceptions.ChunkedEncodingError):
+            if attempt == ATTEMPTS:
+                raise
+            logger.info("%s: the connection broke, continuing (%d of %d)", artifact.filename, attempt, ATTEMPTS - 1)
+
+
+def _stream_once(
+    session: requests.Session, address: str, artifact: Artifact, part: Path, progress: Progress | None
+) -> None:
+    done = part.stat().st_size if part.exists() else 0
+    if done == artifact.size:
+        return
+    if done > artifact.size:  # not a beginning of this file
+        part.unlink()
+        done = 0
+    # Identity: a compressed transfer could not be continued by the byte.
+    headers = {"Accept-Encoding": "identity"} | ({"Range": f"bytes={done}-"} if done else {})
+    with session.get(address, headers=headers, stream=True, timeout=TIMEOUT) as answer:
+        answer.raise_for_status()
+        if answer.status_code != requests.codes.partial_content:
+            done = 0
+        with part.open("ab" if done else "wb") as file:
+            for block in answer.iter_content(CHUNK):
+                done += file.write(block)
+                if progress is not None:
+                    progress(artifact.filename, done, artifact.size)
+    if done < artifact.size:
+        raise requests.ConnectionError(f"{artifact.filename}: {done} of {artifact.size} bytes came")
+
+
+# -- through pip ---------------------------------------------------------------------------------------------------
+
+
+def _download_with_pip(artifact: Artifact, part: Path) -> str | None:
+    """Have pip download the file to ``part``; None on success, else the reason in a line."""
+    kind = "--only-binary" if artifact.filename.endswith(".whl") else "--no-binary"
+    with tempfile.TemporaryDirectory(dir=part.parent) as folder:
+        # With a hash pip verifies before it runs an sdist's setup for the metadata.
+        requirement = Path(folder, "requirements.txt")
+        requirement.write_text(f"{artifact.package}=={artifact.version} --hash=sha256:{artifact.sha256}\n")
+        options = ["--no-deps", "--no-build-isolation", "--no-input", "--quiet", kind, ":all:", "--dest", folder]
+        command = [sys.executable, "-m", "pip", "download", *options, "--requirement", str(requirement)]
+        result = subprocess.run(command, capture_output=True, text=True)
+        file = Path(folder, artifact.filename)
+        if not file.exists():
+            lines = [line for line in result.stderr.splitlines() if line.strip()] or ["pip downloaded another file"]
+            return _without_login(f"pip: {lines[-1]}")
+        file.replace(part)
+    return None
+
+
+def _without_login(text: str) -> str:
+    return re.sub(r"//[^/@\s]+@", "//", text)

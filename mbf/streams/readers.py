@@ -1,0 +1,85 @@
+"""From what a reader finds in a user's data to a task: which labels, which question, how many rows."""
+
+from __future__ import annotations
+
+import logging
+import os
+from collections.abc import Mapping, Sequence
+
+from mbf.streams.columns import read_columns
+from mbf.streams.prompts import instruction, question
+from mbf.streams.sapt import read_sapt
+from mbf.streams.spec import TaskSpec
+from mbf.streams.task import Content, Example, Row, Split, Task, make_task, sample
+
+logger = logging.getLogger(__name__)
+
+CLOSED_SET = 64
+
+
+def read_task(
+    spec: TaskSpec,
+    *,
+    train_rows: int | None = None,
+    test_rows: int | None = None,
+    seed: int = 0,
+    cache: str | os.PathLike[str] | None = None,
+) -> Task:
+    """The task that ``spec`` describes, with at most so many rows, drawn by the seed.
+
+    Raises:
+        StreamError: a missing file, split or column, an empty value, or a label outside the set.
+    """
+    if spec.path is not None and any(spec.path.glob("train.json")):
+        content = read_sapt(spec)
+    else:
+        content = read_columns(spec, cache)
+    labels = _labels(spec, content)
+    limits: dict[Split, int | None] = {"train": train_rows, "validation": test_rows, "test": test_rows}
+    return make_task(
+        spec.name,
+        {
+            split: sample([_row(example, bool(labels), spec.noun) for example in examples], limits[split], seed)
+            for split, examples in content.splits.items()
+        },
+        labels=labels,
+        noun=spec.noun,
+        metric=spec.metric,
+        licence=spec.licence,
+        source=str(spec.hub or spec.path),
+    )
+
+
+def closed_set(answers: Mapping[str, Sequence[Sequence[str]]]) -> list[str]:
+    """The labels, sorted, if the acceptable answers of every row look like labels; else [].
+
+    They do where every row has a single answer, training has at most 64 different ones and each twice on average, and
+    the other splits have no others.
+    """
+    if any(len(row) != 1 for rows in answers.values() for row in rows):
+        return []
+    known = {row[0] for row in answers.get("train", ())}
+    few = len(known) <= CLOSED_SET and 2 * len(known) <= len(answers.get("train", ()))
+    return sorted(known) if few and all(row[0] in known for rows in answers.values() for row in rows) else []
+
+
+def _labels(spec: TaskSpec, content: Content) -> list[str]:
+    """The task's labels, [] for generation."""
+    if spec.kind == "generation":
+        return []
+    if isinstance(spec.labels, dict):
+        return list(dict.fromkeys(spec.labels.values()))
+    given = spec.labels or content.labels
+    if given is not None:
+        return list(given)
+    if spec.kind == "classification":
+        return sorted({example.answers[0] for example in content.splits.get("train", [])})
+    labels = closed_set({split: [example.answers for example in rows] for split, rows in content.splits.items()})
+    kind = f"classification with labels {labels}" if labels else "generation, its answers are no small closed set"
+    logger.info("task %s: taken as %s; say 'kind' or 'labels' to change that", spec.name, kind)
+    return labels
+
+
+def _row(example: Example, classification: bool, noun: str) -> Row:
+    ask = question(noun) if classification and not example.definition else instruction(example.definition)
+    return Row(example.text, ask, example.answers[0], example.answers)

@@ -1,0 +1,119 @@
+"""What a user writes to describe a stream of their own data: in YAML, as a dict, or as these classes."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import yaml
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
+
+from mbf.streams.task import SPLITS, Kind, Metric, Split, StreamError
+
+
+class TaskSpec(BaseModel):
+    """One task: where its rows are and what their columns mean.
+
+    Attributes:
+        name: unique in the stream.
+        path: folder with a file per split (``train.jsonl``; also csv, parquet, or json in the SAPT layout), or the
+            folder that ``splits`` are relative to. Relative to the YAML file. Either this or ``hub``.
+        hub: id of a data set on the hub, or whatever else ``datasets.load_dataset`` takes.
+        config: the hub data set's configuration.
+        splits: our split → file in ``path``, or split of the hub data set. Default: the files that are there; on the
+            hub the splits of the same names. Validation may be missing.
+        text: column, or columns that are joined by line breaks.
+        label: column of the answer.
+        labels: the answers in the order to show them, or the column's value → the answer. Default: the names that a
+            hub data set gives, else the values that occur in training.
+        noun: what a label is, in the prompt's "What is the <noun> of the text?".
+        kind: "classification" or "generation". Default: classification where ``labels`` are given or the answers of
+            the training rows are a small closed set, see ``readers.closed_set``.
+        metric: "accuracy" or "rougeL". Default: accuracy for classification, Rouge-L for generation.
+        licence: of the data, for the record.
+    """
+
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
+    name: str = Field(min_length=1)
+    path: Path | None = None
+    hub: str | None = None
+    config: str | None = None
+    splits: dict[Split, str] = {}
+    text: str | list[str] = "text"
+    label: str = "label"
+    labels: list[str] | dict[str | int, str] | None = None
+    noun: str = "label"
+    kind: Kind | None = None
+    metric: Metric | None = None
+    licence: str = ""
+
+    @model_validator(mode="after")
+    def _one_place(self) -> TaskSpec:
+        if (self.path is None) == (self.hub is None):
+            raise ValueError(f"task {self.name!r} needs either 'path' or 'hub', exactly one of them")
+        if self.kind == "generation" and self.labels:
+            raise ValueError(f"task {self.name!r} has kind 'generation' and 'labels'; leave one of them out")
+        return self
+
+    @property
+    def columns(self) -> list[str]:
+        """The columns that make the text."""
+        return [self.text] if isinstance(self.text, str) else self.text
+
+
+class StreamSpec(BaseModel):
+    """A stream: its tasks, and the orders in which they are learned (default: one, as they are listed)."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
+    name: str = "stream"
+    tasks: list[TaskSpec] = Field(min_length=1)
+    orders: dict[int, list[str]] | list[list[str]] = {}
+
+    @model_validator(mode="after")
+    def _distinct_names(self) -> StreamSpec:
+        names = [task.name for task in self.tasks]
+        if twice := sorted({name for name in names if names.count(name) > 1}):
+            raise ValueError(f"tasks {twice} are listed twice; give every task a name of its own")
+        return self
+
+    def numbered_orders(self) -> dict[int, tuple[str, ...]]:
+        """The orders by number, from 1."""
+        orders = self.orders if isinstance(self.orders, dict) else dict(enumerate(self.orders, 1))
+        return {n: tuple(order) for n, order in orders.items()} or {1: tuple(task.name for task in self.tasks)}
+
+
+def parse_spec(data: Any, where: str) -> StreamSpec:
+    """``data`` checked, or StreamError that says ``where`` and names every key that is wrong."""
+    try:
+        return StreamSpec.model_validate(data)
+    except ValidationError as error:
+        problems = "; ".join(
+            f"{'.'.join(map(str, issue['loc'])) or 'stream'}: {issue['msg']}" for issue in error.errors()
+        )
+        raise StreamError(f"{where} does not describe a stream: {problems}") from error
+
+
+def read_spec(path: Path) -> StreamSpec:
+    """The spec in a YAML file, with relative paths made relative to the file."""
+    try:
+        data = yaml.safe_load(path.read_text(encoding="utf-8"))
+    except yaml.YAMLError as error:
+        raise StreamError(f"{path} is not YAML: {' '.join(str(error).split())}") from error
+    spec = parse_spec({"name": path.stem, **data} if isinstance(data, dict) else data, str(path))
+    tasks = [t.model_copy(update={"path": path.parent / t.path}) if t.path is not None else t for t in spec.tasks]
+    return spec.model_copy(update={"tasks": tasks})
+
+
+def folder_spec(root: Path) -> StreamSpec:
+    """The spec of ``<root>/<task>/<split>.<format>``: every folder with a training file is a task, by name."""
+    tasks = [
+        TaskSpec(name=folder.name, path=folder) for folder in sorted(root.iterdir()) if any(folder.glob("train.*"))
+    ]
+    if not tasks:
+        raise StreamError(
+            f"{root} holds no task: wanted {root}/<task>/train.jsonl (or csv, parquet, json in the SAPT layout), and "
+            f"likewise {', '.join(SPLITS[1:])}"
+        )
+    return StreamSpec(name=root.name, tasks=tasks)

@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 
 import pytest
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 from pydantic import ValidationError
 
@@ -145,7 +145,7 @@ def test_malformed_matrices_are_refused(change, message):
         matrix(**change)
 
 
-# -- several orders -----------------------------------------------------------------------------------------------------
+# -- several orders --
 
 
 def final_only(**scores: float | None) -> ScoreMatrix:
@@ -156,7 +156,11 @@ def final_only(**scores: float | None) -> ScoreMatrix:
 
 def test_order_disparity_by_hand():
     # P_a = 70, 60, 64: OPD 10. P_b = 80, 82, 85: OPD 5. P_c = 90, 90, 90: OPD 0.
-    orders = [final_only(a=70.0, b=80.0, c=90.0), final_only(b=82.0, c=90.0, a=60.0), final_only(c=90.0, a=64.0, b=85.0)]
+    orders = [
+        final_only(a=70.0, b=80.0, c=90.0),
+        final_only(b=82.0, c=90.0, a=60.0),
+        final_only(c=90.0, a=64.0, b=85.0),
+    ]
     disparity = order_disparity(orders)
     assert disparity.opd == {"a": 10.0, "b": 5.0, "c": 0.0}
     assert (disparity.mopd, disparity.aopd, disparity.orders) == (10.0, 5.0, 3)
@@ -188,7 +192,7 @@ def test_every_measure_has_a_formula():
     assert set(FORMULAS) == {"AA", "AA_t", "BWT", "FWT", "Forgetting", "OPD", "MOPD", "AOPD"}
 
 
-# -- files --------------------------------------------------------------------------------------------------------------
+# -- files --
 
 names = st.text(st.characters(exclude_categories=("Cc", "Cs", "Cn", "Co")), min_size=1, max_size=12).filter(
     str.isprintable
@@ -203,6 +207,7 @@ def matrices(draw) -> ScoreMatrix:
     return ScoreMatrix(tasks=tuple(tasks), scores=[draw(row) for _ in tasks], zero_shot=draw(row))
 
 
+@settings(deadline=None)
 @given(matrices())
 def test_csv_and_json_give_the_same_matrix_back(m):
     assert ScoreMatrix.from_csv(m.to_csv()) == m

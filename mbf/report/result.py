@@ -1,0 +1,144 @@
+"""What one run leaves behind for the report: ``result.json`` in its directory."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterable
+from pathlib import Path
+from typing import Any, Literal
+
+from pydantic import BaseModel, ConfigDict, Field, NonNegativeFloat, NonNegativeInt, ValidationError, model_validator
+
+from mbf.continual.metrics import SCHEMA_VERSION, ScoreMatrix, first_error
+
+RESULT_FILE = "result.json"
+
+
+class ResultError(ValueError):
+    """A result that is missing, malformed or at odds with another; the message names it and the way out."""
+
+
+class TaskMemory(BaseModel):
+    """Bytes measured after one task."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
+    adapter_bytes: NonNegativeInt
+    """The adapter that is shipped."""
+    state_bytes: NonNegativeInt
+    """What the method keeps beside it for the next task."""
+
+
+class RunResult(BaseModel):
+    """One method on one order of a stream with one seed.
+
+    Attributes:
+        method: the method's name.
+        label: the name in the report; runs of a stream that share a label and method_options are averaged.
+        stream: the stream's name.
+        order: the number of the task order, from 1.
+        order_tasks: task names in learning order; the same as ``matrix.tasks``.
+        seed: the run's seed.
+        matrix: scores in percent.
+        memory: one entry a task learned, in learning order; a single entry where all tasks were learned at once.
+        train_seconds, train_tokens: wall-clock seconds and tokens trained on, entries as for ``memory``.
+        method_options: the method's options that differ from its defaults, or all of them.
+        versions: version by package name, None where not installed.
+        data_hashes: sha256 of the rows by task name.
+        config: the run's configuration.
+        command: the command line that made the run.
+    """
+
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
+    schema_version: Literal[1] = SCHEMA_VERSION
+    method: str = Field(min_length=1)
+    label: str = Field(min_length=1)
+    stream: str = Field(min_length=1)
+    order: int = Field(ge=1)
+    order_tasks: tuple[str, ...]
+    seed: int
+    matrix: ScoreMatrix
+    memory: list[TaskMemory] = []
+    train_seconds: list[NonNegativeFloat] = []
+    train_tokens: list[NonNegativeInt] = []
+    method_options: dict[str, Any] = {}
+    versions: dict[str, str | None] = {}
+    data_hashes: dict[str, str] = {}
+    config: dict[str, Any] = {}
+    command: str | None = None
+
+    @model_validator(mode="after")
+    def _check(self) -> RunResult:
+        if self.order_tasks != self.matrix.tasks:
+            raise ValueError(
+                f"order_tasks is {', '.join(self.order_tasks)}, but the matrix is of {', '.join(self.matrix.tasks)}"
+            )
+        for name in ("memory", "train_seconds", "train_tokens"):
+            if (found := len(getattr(self, name))) > len(self.order_tasks):
+                raise ValueError(
+                    f"{name} has {found} entries for {len(self.order_tasks)} tasks; give one a task learned"
+                )
+        return self
+
+    @property
+    def cell(self) -> str:
+        """Which run of a comparison this is, in words."""
+        return f"{self.label}, {self.stream} order {self.order}, seed {self.seed}"
+
+    @property
+    def options_key(self) -> str:
+        """``method_options`` as text that is equal for equal options."""
+        return json.dumps(self.method_options, sort_keys=True, default=str)
+
+
+def load_results(paths: Iterable[str | Path]) -> list[RunResult]:
+    """Read every ``result.json`` at or below ``paths``, sorted by path within each.
+
+    Raises:
+        ResultError: a path that does not exist or holds no result, a file that is not a result, or two files that both
+            claim to be the same run.
+    """
+    found: dict[Path, RunResult] = {}
+    origin: dict[tuple[str, str], Path] = {}
+    for path in paths:
+        for file in _result_files(Path(path)):
+            if (resolved := file.resolve()) in found:
+                continue
+            result = found[resolved] = _read(file)
+            twin = origin.setdefault((result.cell, result.options_key), file)
+            if twin is not file:
+                raise ResultError(
+                    f"{twin} and {file} are both {result.cell}; "
+                    f"leave one out, or give one another label in its {RESULT_FILE}"
+                )
+    if not found:
+        raise ResultError(f"no results to report; name a run directory or a {RESULT_FILE}")
+    return list(found.values())
+
+
+def _result_files(path: Path) -> list[Path]:
+    if path.is_file():
+        return [path]
+    if not path.is_dir():
+        raise ResultError(f"{path} does not exist; name a run directory or a {RESULT_FILE}")
+    files = sorted(path.rglob(RESULT_FILE))
+    if not files:
+        raise ResultError(
+            f"no {RESULT_FILE} in or below {path}; it is written when a run ends: finish it with `mbf resume {path}`"
+        )
+    return files
+
+
+def _read(file: Path) -> RunResult:
+    try:
+        data = json.loads(file.read_text(encoding="utf-8"))
+    except (OSError, ValueError) as error:
+        raise ResultError(f"{file} cannot be read as JSON: {error}") from None
+    version = data.get("schema_version") if isinstance(data, dict) else None
+    if isinstance(version, int) and version > SCHEMA_VERSION:
+        raise ResultError(f"{file} has schema_version {version}, this mbf reads {SCHEMA_VERSION}; update mbf")
+    try:
+        return RunResult.model_validate(data)
+    except ValidationError as error:
+        raise ResultError(f"{file} is not a result of a run: {first_error(error)}") from None

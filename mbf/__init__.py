@@ -7,12 +7,19 @@
 ...     trainer.train()                          # any loop; afterwards the adapter is the merged LoRA
 """
 
-from importlib.metadata import PackageNotFoundError, version
+from __future__ import annotations
 
-from mbf import continual, methods, ops
-from mbf.continual import ContinualLora, TaskError
+import importlib
+from importlib.metadata import PackageNotFoundError, version
+from typing import TYPE_CHECKING, Any
+
+from mbf import methods, ops
 from mbf.ops import use_backend
-from mbf.peft import FuseReport, fuse, fused, unfuse
+
+if TYPE_CHECKING:
+    from mbf import continual, peft
+    from mbf.continual import ContinualLora, TaskError
+    from mbf.peft import FuseReport, fuse, fused, unfuse
 
 try:
     __version__ = version("mbf")
@@ -28,6 +35,29 @@ __all__ = [
     "fused",
     "methods",
     "ops",
+    "peft",
     "unfuse",
     "use_backend",
 ]
+
+# peft brings transformers' models, accelerate and triton with it; whoever needs only the operators does not wait.
+_LAZY = {
+    "ContinualLora": "mbf.continual",
+    "TaskError": "mbf.continual",
+    "FuseReport": "mbf.peft",
+    "fuse": "mbf.peft",
+    "fused": "mbf.peft",
+    "unfuse": "mbf.peft",
+}
+
+
+def __getattr__(name: str) -> Any:
+    if name in ("continual", "peft"):
+        return importlib.import_module(f"mbf.{name}")
+    if name in _LAZY:
+        return getattr(importlib.import_module(_LAZY[name]), name)
+    raise AttributeError(f"module 'mbf' has no attribute {name!r}")
+
+
+def __dir__() -> list[str]:
+    return sorted({*globals(), *__all__})

@@ -1,0 +1,22 @@
+"""PEFT's LoRA layers on the fused operators: swap them in place, and read, write and replace one adapter's factors."""
+
+from mbf.peft.adapter import AdapterLayer, adapter_layers
+from mbf.peft.config import describe_ranks, sync_config
+from mbf.peft.fuse import fuse, fused, unfuse
+from mbf.peft.linear import FusedLinear, calls
+from mbf.peft.report import FuseReport
+from mbf.peft.saving import save_adapter
+
+__all__ = [
+    "AdapterLayer",
+    "FuseReport",
+    "FusedLinear",
+    "adapter_layers",
+    "calls",
+    "describe_ranks",
+    "fuse",
+    "fused",
+    "save_adapter",
+    "sync_config",
+    "unfuse",
+]

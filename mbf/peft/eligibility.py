@@ -1,0 +1,113 @@
+"""What the fused forward computes exactly as PEFT does, and a reason in words for everything else.
+
+The tests run on every forward of every layer, so they read ``_modules`` and ``_parameters`` directly:
+``nn.Module.__getattr__`` is Python and costs about as much as the rest of a test together.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+import torch.nn.modules.module as torch_module
+from peft.tuners.lora.layer import Linear
+from torch import Tensor, nn
+from torch.autograd import forward_ad
+
+_DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
+PLAIN = (nn.Parameter, Tensor)  # not DTensor, not a quantised or offloaded subclass
+
+
+def plain_weight(module: nn.Module) -> Tensor | None:
+    """``module.weight`` if it is a registered, ordinary float tensor, else None."""
+    weight = module._parameters.get("weight")
+    return weight if type(weight) in PLAIN and weight.dtype in _DTYPES else None  # type: ignore[union-attr]
+
+
+def _watched(module: nn.Module) -> bool:
+    """Whether somebody must see ``module`` called: hooks, or ``forward`` replaced on the instance (accelerate)."""
+    state = module.__dict__
+    return bool(
+        state["_forward_hooks"]
+        or state["_forward_pre_hooks"]
+        or state["_backward_hooks"]
+        or state["_backward_pre_hooks"]
+        or "forward" in state
+    )
+
+
+def base_reason(layer: Linear) -> str | None:
+    """Why the base layer must be run by PEFT's own forward, or None."""
+    if _watched(layer._modules["base_layer"]):  # type: ignore[arg-type]
+        return "its base layer has hooks or a replaced forward"
+    return None
+
+
+def adapter_reason(layer: Linear, adapter: str) -> str | None:
+    """Why ``adapter``, which the layer has, cannot be computed by the fused forward, or None."""
+    if adapter in layer.lora_variant:
+        return f"adapter {adapter!r} is the LoRA variant {type(layer.lora_variant[adapter]).__name__}"
+    modules: Any = layer._modules
+    A: nn.Module = modules["lora_A"]._modules[adapter]
+    B: nn.Module = modules["lora_B"]._modules[adapter]
+    dropout: nn.Module = modules["lora_dropout"]._modules[adapter]
+    if type(A) is not nn.Linear or type(B) is not nn.Linear:
+        return f"lora_A and lora_B of adapter {adapter!r} are {type(A).__name__} and {type(B).__name__}, not nn.Linear"
+    if A._parameters.get("bias") is not None or B._parameters.get("bias") is not None:
+        return f"adapter {adapter!r} has a bias (lora_bias=True)"
+    if type(dropout) is nn.Dropout:
+        if dropout.inplace or dropout.p >= 1:
+            return f"lora_dropout of adapter {adapter!r} is {dropout}"
+    elif type(dropout) is not nn.Identity:
+        return f"lora_dropout of adapter {adapter!r} is {type(dropout).__name__}, not nn.Dropout"
+    if _watched(A) or _watched(B) or _watched(dropout):
+        return f"lora_A, lora_B or lora_dropout of adapter {adapter!r} has hooks or a replaced forward"
+    weight_A, weight_B = plain_weight(A), plain_weight(B)
+    if weight_A is None or weight_B is None:
+        return f"A or B of adapter {adapter!r} is not an ordinary float tensor"
+    if weight_A.dtype is not weight_B.dtype:
+        return f"A and B of adapter {adapter!r} differ in dtype: {weight_A.dtype} and {weight_B.dtype}"
+    scale = layer.scaling[adapter]
+    if not (isinstance(scale, (float, int)) or (isinstance(scale, Tensor) and scale.dim() == 0)):
+        return f"the scaling of adapter {adapter!r} is {type(scale).__name__}, neither a number nor a 0-d tensor"
+    return None
+
+
+def call_reason(layer: Linear, x: Tensor, active: list[str]) -> str | None:
+    """Why this call with input ``x`` and the adapters ``active`` must go to PEFT's own forward, or None."""
+    if type(x) not in PLAIN or x.dtype not in _DTYPES:
+        return f"its input is {type(x).__name__} {getattr(x, 'dtype', '')}, not an ordinary float tensor"
+    if torch_module._has_any_global_hook():
+        return "a global module hook is registered"
+    if not torch.compiler.is_compiling() and (
+        torch._C._are_functorch_transforms_active() or forward_ad._current_level >= 0
+    ):
+        return "a torch.func transform or forward-mode differentiation is active"
+    if (reason := base_reason(layer)) is not None:
+        return reason
+    for adapter in active:
+        if (reason := adapter_reason(layer, adapter)) is not None:
+            return reason
+        if not layer.cast_input_dtype_enabled:
+            modules: Any = layer._modules
+            if modules["lora_A"]._modules[adapter]._parameters["weight"].dtype is not x.dtype:
+                return "casting of the input is disabled and the dtypes of input and adapter differ"
+    return None
+
+
+def layer_reason(layer: nn.Module, fusable: tuple[type, ...]) -> str | None:
+    """Why ``layer``, any LoRA layer of PEFT, is not to be swapped, or None.
+
+    Only what lasts counts: a layer that is merged or disabled at the moment is swapped and runs PEFT's forward until
+    it is not. A layer with several adapters is swapped when one of them can be fused.
+    """
+    kind = type(layer)
+    if kind not in fusable:
+        return f"{kind.__module__}.{kind.__qualname__} has a forward of its own"
+    assert isinstance(layer, Linear)
+    if "forward" in layer.__dict__:
+        return "its forward was replaced on the instance, as accelerate's device hooks do"
+    if (reason := base_reason(layer)) is not None:
+        return reason
+    reasons = [adapter_reason(layer, adapter) for adapter in layer.lora_A]
+    return reasons[0] if reasons and None not in reasons else None

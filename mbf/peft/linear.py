@@ -1,0 +1,138 @@
+"""``FusedLinear``: PEFT's ``lora.Linear`` with the forward computed by ``mbf.ops``."""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
+import torch
+from peft.tuners.lora.layer import Linear
+from torch import Tensor, nn
+
+from mbf.ops import LoraTerms, lora_accumulate, lora_linear
+from mbf.peft.eligibility import PLAIN, call_reason, plain_weight
+
+calls: Counter[str] = Counter(fast=0, slow=0)
+"""Forwards of fused layers in this process, by who computed them: ``fast`` the fused operator, ``slow`` PEFT.
+Forwards inside a compiled graph are not counted."""
+
+
+class Route(NamedTuple):
+    """Terms that replace an adapter's own (A, B, s) in every forward: ``terms(layer)``."""
+
+    terms: Callable[[Any], LoraTerms]
+    layer: Any
+
+
+class FusedLinear(Linear):
+    """PEFT's LoRA layer, computed as ``y = x Wᵀ + b + Σ s (drop(x) Aᵀ) Bᵀ`` over the active adapters by one operator.
+
+    ``fuse`` sets the class of a built ``lora.Linear`` to this one and ``unfuse`` sets it back, so state-dict keys,
+    ``isinstance`` and saved files are those of PEFT. Nothing is cached: base layer, A, B, scaling and dropout are
+    looked up on each call, and any state that the fused forward does not compute as PEFT would is handed to
+    ``lora.Linear.forward``. Several active adapters are fused, each with a dropout mask of its own.
+
+    Copies and pickles carry the class, but not the routes of ``AdapterLayer.route``.
+    """
+
+    _borrowed = False  # a stock layer that is of this class only while it is routed
+
+    def forward(self, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
+        """As ``peft.tuners.lora.layer.Linear.forward``: x [..., d_in] to [..., d_out] in the base layer's dtype.
+
+        Raises:
+            RuntimeError: an adapter is routed and the call cannot be fused, so the route could not be honoured.
+        """
+        active = self._computing()
+        routes: dict[str, Route] = self.__dict__.get("_routes", {})
+        routed = bool(routes) and any(adapter in routes for adapter in active)
+        if not active or (self._borrowed and not routed):
+            return self._stock(x, *args, **kwargs)
+        extra = sorted(kwargs) or (["positional arguments"] if args else [])
+        reason = f"its forward was given {', '.join(extra)}" if extra else call_reason(self, x, active)
+        if reason is None:
+            return self._fused(x, active, routes)
+        if routed:
+            names = ", ".join(route.layer.name for adapter, route in routes.items() if adapter in active)
+            raise RuntimeError(
+                f"layer {names} computes with replaced terms, which needs the fused forward, but {reason}"
+            )
+        return self._stock(x, *args, **kwargs)
+
+    def release(self) -> None:
+        """Be PEFT's ``lora.Linear`` again: at once or, while an adapter is routed, when the last route ends."""
+        if "_routes" in self.__dict__:
+            self._borrowed = True
+        else:
+            self.__dict__.pop("_borrowed", None)
+            self.__class__ = Linear  # type: ignore[assignment]
+
+    def _computing(self) -> list[str]:
+        """The adapters that add to the base output now; none while disabled or merged."""
+        if self._disable_adapters or self.merged_adapters:
+            return []
+        installed: Any = self._modules["lora_A"]
+        return [adapter for adapter in self.active_adapters if adapter in installed._modules]
+
+    def _stock(self, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
+        _count("slow")
+        return super().forward(x, *args, **kwargs)
+
+    def _fused(self, x: Tensor, active: list[str], routes: dict[str, Route]) -> Tensor:
+        _count("fast")
+        base: Any = self._modules["base_layer"]
+        terms = [self._terms(adapter, routes) for adapter in active]
+        dropout = [self._dropout_p(adapter) for adapter in active]
+        if not _plain_linear(base, x):
+            return _accumulate(base(x), x, terms, dropout)
+        W, b = base._parameters["weight"], base._parameters["bias"]
+        y = lora_linear(x, W, bias=b, **terms[0]._asdict(), dropout_p=dropout[0])
+        return _accumulate(y, x, terms[1:], dropout[1:])
+
+    def _terms(self, adapter: str, routes: dict[str, Route]) -> LoraTerms:
+        if adapter in routes:
+            route = routes[adapter]
+            return route.terms(route.layer)
+        modules: Any = self._modules
+        return LoraTerms(
+            modules["lora_A"]._modules[adapter]._parameters["weight"],
+            modules["lora_B"]._modules[adapter]._parameters["weight"],
+            self.scaling[adapter],
+        )
+
+    def _dropout_p(self, adapter: str) -> float:
+        modules: Any = self._modules
+        dropout = modules["lora_dropout"]._modules[adapter]
+        return dropout.p if dropout.training and type(dropout) is nn.Dropout else 0.0
+
+    def _get_name(self) -> str:
+        return Linear.__name__  # printed models keep PEFT's lora.Linear
+
+    def __getstate__(self) -> dict[str, Any]:
+        state = super().__getstate__()
+        state.pop("_routes", None)
+        return state
+
+
+def _count(path: str) -> None:
+    # A compiled graph would guard on the value of the counter and be compiled again on every call.
+    if not torch.compiler.is_compiling():
+        calls[path] += 1
+
+
+def _plain_linear(base: nn.Module, x: Tensor) -> bool:
+    """Whether ``base`` is exactly ``x Wᵀ + b`` on ordinary tensors in x's dtype, which ``lora_linear`` computes."""
+    if type(base) is not nn.Linear:
+        return False
+    weight = plain_weight(base)
+    if weight is None or weight.dtype is not x.dtype:
+        return False
+    bias = base._parameters["bias"]
+    return bias is None or (type(bias) in PLAIN and bias.dtype is x.dtype)
+
+
+def _accumulate(y: Tensor, x: Tensor, terms: list[LoraTerms], dropout: list[float]) -> Tensor:
+    for term, p in zip(terms, dropout, strict=True):
+        y = lora_accumulate(y, x, **term._asdict(), dropout_p=p)
+    return y

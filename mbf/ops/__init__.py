@@ -1,0 +1,27 @@
+"""The operators of mbf: the fused LoRA layer, bases, merges, and the dropout that they share."""
+
+from mbf.ops._library import native_status, use_backend
+from mbf.ops.basis import orthonormal_rows, orthonormal_rows_ref
+from mbf.ops.lora_accumulate import lora_accumulate, lora_accumulate_ref
+from mbf.ops.lora_linear import LoraTerms, lora_linear, lora_linear_ref
+from mbf.ops.merge import merge_, merge_ref_
+from mbf.ops.philox import draw_seed, dropout_mask
+from mbf.ops.rsvd import rsvd, rsvd_ref
+
+__all__ = [
+    "LoraTerms",
+    "draw_seed",
+    "dropout_mask",
+    "lora_accumulate",
+    "lora_accumulate_ref",
+    "lora_linear",
+    "lora_linear_ref",
+    "merge_",
+    "merge_ref_",
+    "native_status",
+    "orthonormal_rows",
+    "orthonormal_rows_ref",
+    "rsvd",
+    "rsvd_ref",
+    "use_backend",
+]

@@ -1,0 +1,173 @@
+"""``mbf::lora_linear``: a frozen linear layer with its low-rank branch, one operator forward and one backward."""
+
+from __future__ import annotations
+
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+
+from mbf.ops import _branch
+from mbf.ops._library import define, reference_only
+from mbf.ops._operands import SCHEMA, Branch, autocast_to, prepare
+from mbf.ops.lora_accumulate import lora_accumulate_ref
+
+
+class LoraTerms(NamedTuple):
+    """What one forward of a layer computes with, in the names of ``lora_linear``."""
+
+    A: Tensor
+    B: Tensor
+    scale: float | Tensor = 1.0
+    gate: Tensor | None = None
+    mix: Tensor | None = None
+    merged_B: Tensor | None = None
+    merge_weight: float | Tensor | None = None
+
+
+def lora_linear_ref(
+    x: Tensor, weight: Tensor, A: Tensor, B: Tensor, bias: Tensor | None = None, **terms: Any
+) -> Tensor:
+    """``lora_linear`` as the formula, in plain torch and differentiated by torch; dropout needs a seed."""
+    return lora_accumulate_ref(F.linear(x, weight, bias), x, A, B, **terms)
+
+
+# -- the operator and its backward -------------------------------------------------------------------------------------
+
+
+def _forward(x: Tensor, weight: Tensor, bias: Tensor | None, *operands: Any) -> tuple[Tensor, Tensor]:
+    branch = Branch(*operands)
+    y = F.linear(x, weight, bias)
+    h = _branch.project(x, branch)
+    _branch.add_branch_(y, h, branch)
+    return y, h
+
+
+def _backward(dy: Tensor, h: Tensor, x: Tensor | None, weight: Tensor, *operands: Any) -> tuple[Tensor, ...]:
+    *rest, needs = operands
+    branch = Branch(*rest)
+    need_x, need_weight, need_bias, *need_branch = needs
+    rows, lead = _branch.rows(dy), dy.shape[:-1]
+    keep = _branch.mask(branch, lead, dy.device) if need_x or need_branch[0] else None
+    dh, gradients = _branch.branch_backward(rows, h, x, keep, branch, [need_x, *need_branch])
+    dx = dweight = dbias = None
+    if need_x and dh is not None:
+        dx = rows @ weight
+        _branch.add_input_gradient_(dx, dh, keep, branch)
+        dx = dx.view(*lead, weight.shape[1])
+    if need_weight and x is not None:
+        dweight = rows.t() @ _branch.rows(x)
+    if need_bias:
+        dbias = rows.sum(0)
+    return _branch.packed(dy, (dx, dweight, dbias, *gradients))
+
+
+def _forward_fake(x: Tensor, weight: Tensor, bias: Tensor | None, A: Tensor, *_: Any) -> tuple[Tensor, Tensor]:
+    return x.new_empty((*x.shape[:-1], weight.shape[0])), A.new_empty((*x.shape[:-1], A.shape[0]))
+
+
+def _backward_fake(dy: Tensor, h: Tensor, x: Tensor | None, weight: Tensor, *operands: Any) -> tuple[Tensor, ...]:
+    *rest, needs = operands
+    like_x, like_bias = dy.new_empty((*dy.shape[:-1], weight.shape[1])), dy.new_empty(weight.shape[0])
+    return _branch.packed_fake(dy, (like_x, weight, like_bias, *Branch(*rest).tensors), needs)
+
+
+def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:
+    x, weight, _, *operands = inputs
+    keep_x = ctx.needs_input_grad[1] or ctx.needs_input_grad[3]  # only the gradients of weight and A read x
+    _branch.save(ctx, output[1], Branch(*operands), x if keep_x else None, weight)
+
+
+def _autograd_backward(ctx: Any, dy: Tensor | None, _: Tensor | None) -> tuple[Tensor | None, ...]:
+    if dy is None:
+        return (None,) * 12
+    h, branch, (x, weight) = _branch.saved(ctx)
+    needs = _branch.needs(ctx, 3)
+    return _branch.spread(torch.ops.mbf.lora_linear_backward.default(dy, h, x, weight, *branch, needs), needs)
+
+
+define(f"lora_linear(Tensor x, Tensor weight, Tensor? bias, {SCHEMA}) -> (Tensor, Tensor)", _forward, _forward_fake)
+define(
+    f"lora_linear_backward(Tensor dy, Tensor h, Tensor? x, Tensor weight, {SCHEMA}, bool[] needs) -> "
+    "(Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor)",
+    _backward,
+    _backward_fake,
+)
+_enter = _branch.differentiable("lora_linear", _setup_context, _autograd_backward)
+
+
+# -- the face ----------------------------------------------------------------------------------------------------------
+
+
+def lora_linear(
+    x: Tensor,
+    weight: Tensor,
+    A: Tensor,
+    B: Tensor,
+    bias: Tensor | None = None,
+    *,
+    scale: float | Tensor = 1.0,
+    gate: Tensor | None = None,
+    mix: Tensor | None = None,
+    dropout_p: float = 0.0,
+    seed: int | Tensor | None = None,
+    merged_B: Tensor | None = None,
+    merge_weight: float | Tensor | None = None,
+) -> Tensor:
+    """A linear layer with its low-rank branch, ``y = x Wᵀ + b + s · z Bᵀ``.
+
+    Here ``h = drop(x) Aᵀ``, then ``h ← h mixᵀ`` and ``z = h ⊙ gate``. With ``merged_B``, B stands for
+    ``merged_B + λ (B − merged_B)``: the merge as it would be, differentiable in λ.
+
+    The base product is in x's dtype and so is y; the branch computes in the dtype of A and B, which may be wider, and
+    is rounded into y once. Under ``torch.autocast`` both are in autocast's dtype. Differentiable once in every tensor
+    but the seed. Kept for backward are x (only if A or weight needs a gradient), ``drop(x) Aᵀ`` and the operands.
+
+    Args:
+        x: ``[..., d_in]``, of any strides, 1-D and empty ones included.
+        weight: W, ``[d_out, d_in]``, of x's dtype.
+        A: ``[r, d_in]``.
+        B: ``[d_out, r]``, of A's dtype.
+        bias: b, ``[d_out]``, of x's dtype.
+        scale: s. Pass a 0-d tensor to change it without recompiling, or to learn it.
+        gate: any shape that broadcasts to ``[..., r]``: a rank's ``[r]``, a sample's ``[batch, 1, r]``, a token's.
+        mix: ``[r, r]``.
+        dropout_p: probability in [0, 1) that an element of x is dropped before A; the base product sees all of x.
+        seed: of the mask (``dropout_mask``), an int or a 0-d int64 tensor on x's device. Default: ``draw_seed``.
+        merged_B: like B. Goes with ``merge_weight``.
+        merge_weight: λ, a float or a 0-d tensor.
+
+    Returns:
+        y, ``[..., d_out]``.
+
+    Raises:
+        ValueError: a shape, device or value that does not fit; the message says which and what would.
+        TypeError: a dtype that does not.
+    """
+    if torch.is_autocast_enabled(x.device.type):
+        x, weight, A, B = autocast_to(x.device, x, weight, A, B)
+        bias, merged_B = autocast_to(x.device, bias, merged_B)
+    branch = prepare(x, A, B, scale, gate, mix, dropout_p, seed, merged_B, merge_weight)
+    _check_base(x, weight, bias, B)
+    if reference_only():
+        return lora_linear_ref(x, weight, bias=bias, **branch._asdict())
+    return _enter(x, weight, bias, *branch)[0]
+
+
+def _check_base(x: Tensor, weight: Tensor, bias: Tensor | None, B: Tensor) -> None:
+    if weight.shape != (B.shape[0], x.shape[-1]):
+        raise ValueError(
+            f"weight has shape {list(weight.shape)}; with B {list(B.shape)} and x {list(x.shape)} it must be "
+            f"[d_out, d_in] = [{B.shape[0]}, {x.shape[-1]}]"
+        )
+    if weight.dtype != x.dtype or weight.device != x.device:
+        raise TypeError(
+            f"weight is {weight.dtype} on {weight.device} but x {x.dtype} on {x.device}; convert one of them, or "
+            "compute under torch.autocast"
+        )
+    if bias is not None and (bias.shape != weight.shape[:1] or bias.dtype != x.dtype or bias.device != x.device):
+        raise ValueError(
+            f"bias is {bias.dtype} {list(bias.shape)} on {bias.device}; it must be {x.dtype} [{weight.shape[0]}] "
+            f"on {x.device}"
+        )

@@ -1,0 +1,144 @@
+"""Dropout from a counter: Philox 4x32-10 (Salmon et al., "Parallel random numbers: as easy as 1, 2, 3", SC 2011).
+
+The mask of a tensor is a pure function of (seed, element index), so it is recomputed in the backward pass instead of
+stored, and every implementation (this one, C++, Triton, CUDA) makes the same one:
+
+* key = (seed mod 2³², seed div 2³²), the seed being 64 bits;
+* element ``i`` (flat index in the contiguous tensor, 64 bits) takes word ``i mod 4`` of the block at counter
+  ``(j mod 2³², j div 2³², 0, 0)`` with ``j = i div 4``: the layout of ``tl.philox(seed, j_lo, j_hi, 0, 0)``;
+* it is kept iff that word, as an unsigned integer, is at least ``round(p · 2³²)``;
+* what is kept is multiplied by ``1 / (1 − p)``.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+from mbf.ops._library import define
+
+MULTIPLIERS = (0xD2511F53, 0xCD9E8D57)
+KEY_STEPS = (0x9E3779B9, 0xBB67AE85)
+ROUNDS = 10
+_WORD = 0xFFFFFFFF
+_BLOCKS_AT_ONCE = 1 << 14  # the working set of the rounds then stays in a core's second-level cache
+
+
+def philox_4x32(counter: tuple[Tensor, Tensor, Tensor, Tensor], key: tuple[Tensor, Tensor]) -> tuple[Tensor, ...]:
+    """Return the four random words of each counter block.
+
+    Args:
+        counter: four int64 tensors of one shape that hold 32-bit words; the first and the third are overwritten.
+        key: two 0-d int64 tensors that hold 32-bit words.
+
+    Returns:
+        Four int64 tensors of that shape, each value in [0, 2³²).
+    """
+    c0, c1, c2, c3 = counter
+    steps = torch.arange(ROUNDS, device=c0.device)
+    keys = [((k + steps * step) & _WORD).unbind() for k, step in zip(key, KEY_STEPS, strict=True)]
+    # Products of two words fill 64 bits: as int64 they wrap to the same bits, of which `>> 32` leaves the high word
+    # under copies of the sign. c1 and c3 are only ever xored, so their high halves are cleared with c0's and c2's.
+    for k0, k1 in zip(*keys, strict=True):
+        low0, low1 = c0.mul_(MULTIPLIERS[0]), c2.mul_(MULTIPLIERS[1])
+        c0 = (low1 >> 32).bitwise_xor_(c1).bitwise_xor_(k0).bitwise_and_(_WORD)
+        c2 = (low0 >> 32).bitwise_xor_(c3).bitwise_xor_(k1).bitwise_and_(_WORD)
+        c1, c3 = low1, low0
+    return c0, c1 & _WORD, c2, c3 & _WORD
+
+
+def counters(first: int, count: int, device: torch.device) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """The counters ``(j mod 2³², j div 2³², 0, 0)`` of blocks ``first ≤ j < first + count``."""
+    j = torch.arange(first, first + count, device=device)
+    return j & _WORD, j >> 32, torch.zeros_like(j), torch.zeros_like(j)
+
+
+def dropout_mask_ref(seed: Tensor, shape: Sequence[int], p: float) -> Tensor:
+    """``dropout_mask`` in integer arithmetic of torch, a cacheful of counters at a time."""
+    key = (seed & _WORD, (seed >> 32) & _WORD)
+    size = math.prod(shape)
+    blocks = -(-size // 4)
+    keep = torch.empty(blocks, 4, dtype=torch.bool, device=seed.device)
+    threshold = round(p * 2**32)
+    for first in range(0, blocks, _BLOCKS_AT_ONCE):
+        rows = keep[first : first + _BLOCKS_AT_ONCE]
+        for lane, word in enumerate(philox_4x32(counters(first, rows.shape[0], seed.device), key)):
+            torch.ge(word, threshold, out=rows[:, lane])
+    return keep.flatten()[:size].clone().view(shape) if size % 4 else keep.view(shape)
+
+
+define(
+    "dropout_mask(Tensor seed, SymInt[] shape, float p) -> Tensor",
+    dropout_mask_ref,
+    lambda seed, shape, p: seed.new_empty(shape, dtype=torch.bool),
+)
+
+
+def dropout_mask(seed: int | Tensor, shape: Sequence[int], p: float) -> Tensor:
+    """Return which elements of a contiguous tensor of ``shape`` dropout keeps.
+
+    Args:
+        seed: int (the mask is made on the CPU) or 0-d int64 tensor (on its device).
+        shape: any, the empty one included.
+        p: probability that an element is dropped, in [0, 1).
+
+    Returns:
+        Bool tensor of ``shape``, True where an element is kept.
+
+    Raises:
+        ValueError: p out of range, or a seed that is neither a 64-bit integer nor a 0-d int64 tensor.
+    """
+    check_p(p)
+    return torch.ops.mbf.dropout_mask.default(seed_tensor(seed, "cpu"), list(shape), p)
+
+
+def keep_mask(shape: Sequence[int], p: float, seed: int | Tensor | None, device: torch.device) -> Tensor | None:
+    """``dropout_mask`` on ``device``; None where p = 0, which alone may go without a seed."""
+    if p == 0.0:
+        return None
+    if seed is None:
+        raise ValueError(f"dropout with p = {p} needs a seed: an int, or what draw_seed(device) gives")
+    return torch.ops.mbf.dropout_mask.default(seed_tensor(seed, device), shape, p)
+
+
+def drop(x: Tensor, keep: Tensor | None, p: float) -> Tensor:
+    """``keep ⊙ x / (1 − p)``, differentiable in x; x itself without a mask."""
+    return x if keep is None else torch.where(keep, x * (1.0 / (1.0 - p)), 0.0)
+
+
+def dropout(x: Tensor, p: float, seed: int | Tensor | None) -> Tensor:
+    """Dropout of x with the mask of ``seed``, differentiable in x."""
+    return drop(x, keep_mask(x.shape, p, seed, x.device), p)
+
+
+def draw_seed(device: torch.device | str) -> Tensor:
+    """Draw a seed, a 0-d int64 tensor, from torch's default generator of ``device``.
+
+    ``torch.manual_seed`` therefore fixes every mask, and activation checkpointing, which rewinds that generator, sees
+    the same mask again. Nothing waits for the device.
+    """
+    return torch.randint(0, 2**63 - 1, (), dtype=torch.int64, device=device)
+
+
+def seed_tensor(seed: int | Tensor, device: torch.device | str) -> Tensor:
+    """Return the seed as a 0-d int64 tensor, made on ``device`` if it is an int."""
+    if not isinstance(seed, Tensor):
+        if not -(2**63) <= seed < 2**63:
+            raise ValueError(f"seed is {seed}, which has more than 64 bits; take one in [-2**63, 2**63)")
+        return torch.tensor(seed, dtype=torch.int64, device=device)
+    if seed.dtype != torch.int64 or seed.dim() != 0:
+        raise ValueError(
+            f"seed is a {seed.dtype} tensor of shape {list(seed.shape)}; it must be an int or a 0-d int64 tensor, "
+            "such as draw_seed(device) gives"
+        )
+    return seed
+
+
+def check_p(p: float) -> None:
+    if not 0.0 <= p < 1.0:
+        raise ValueError(
+            f"dropout_p is {p}; it must lie in [0, 1). To switch the low-rank branch off, pass scale=0.0 instead"
+        )

@@ -1,0 +1,122 @@
+from __future__ import annotations
+
+import math
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from mbf import ops
+from mbf.ops import philox
+from mbf.ops.philox import counters, dropout, philox_4x32
+
+# Random123's published vectors for philox4x32, 10 rounds: counter, key, words.
+KNOWN = [
+    ("00000000 00000000 00000000 00000000", "00000000 00000000", "6627e8d5 e169c58d bc57ac4c 9b00dbd8"),
+    ("ffffffff ffffffff ffffffff ffffffff", "ffffffff ffffffff", "408f276d 41c83b0e a20bc7c6 6d5451fd"),
+    ("243f6a88 85a308d3 13198a2e 03707344", "a4093822 299f31d0", "d16cfe09 94fdcceb 5001e420 24126ea1"),
+]
+
+
+def words(text: str) -> list[int]:
+    return [int(word, 16) for word in text.split()]
+
+
+def scalar_philox(counter: list[int], key: list[int]) -> list[int]:
+    """The algorithm as published, on Python integers."""
+    c0, c1, c2, c3 = counter
+    k0, k1 = key
+    for _ in range(10):
+        p0, p1 = 0xD2511F53 * c0, 0xCD9E8D57 * c2
+        c0, c1, c2, c3 = (p1 >> 32) ^ c1 ^ k0, p1 & 0xFFFFFFFF, (p0 >> 32) ^ c3 ^ k1, p0 & 0xFFFFFFFF
+        k0, k1 = (k0 + 0x9E3779B9) & 0xFFFFFFFF, (k1 + 0xBB67AE85) & 0xFFFFFFFF
+    return [c0, c1, c2, c3]
+
+
+@pytest.mark.parametrize(("counter", "key", "expected"), KNOWN)
+def test_published_vectors(counter: str, key: str, expected: str) -> None:
+    blocks = tuple(torch.full((3,), word) for word in words(counter))
+    k0, k1 = (torch.tensor(word) for word in words(key))
+    got = philox_4x32(blocks, (k0, k1))
+    assert [word.tolist() for word in got] == [[word] * 3 for word in words(expected)]
+    assert scalar_philox(words(counter), words(key)) == words(expected)
+
+
+@settings(max_examples=25, deadline=None)
+@given(seed=st.integers(-(2**63), 2**63 - 1), size=st.integers(0, 40), p=st.floats(0.0, 0.999))
+def test_mask_is_the_documented_function_of_seed_and_index(seed: int, size: int, p: float) -> None:
+    key = [seed & 0xFFFFFFFF, (seed >> 32) & 0xFFFFFFFF]
+    kept = [scalar_philox([i // 4, 0, 0, 0], key)[i % 4] >= round(p * 2**32) for i in range(size)]
+    assert ops.dropout_mask(seed, (size,), p).tolist() == kept
+
+
+def test_mask_does_not_depend_on_shape_or_on_the_blocks_of_the_computation(monkeypatch: pytest.MonkeyPatch) -> None:
+    whole = ops.dropout_mask(3, (7, 11, 13), 0.4)
+    assert whole.shape == (7, 11, 13) and whole.dtype == torch.bool
+    assert torch.equal(ops.dropout_mask(torch.tensor(3), (1001,), 0.4), whole.flatten())
+    monkeypatch.setattr(philox, "_BLOCKS_AT_ONCE", 5)
+    assert torch.equal(ops.dropout_mask(3, (7, 11, 13), 0.4), whole)
+
+
+def test_counter_is_64_bits_wide() -> None:
+    low, high, *rest = counters(2**32 - 1, 2, torch.device("cpu"))
+    assert low.tolist() == [2**32 - 1, 0] and high.tolist() == [0, 1]
+    assert [word.tolist() for word in rest] == [[0, 0], [0, 0]]
+
+
+@pytest.mark.parametrize("p", [0.05, 0.1, 0.5, 0.9])
+def test_mask_statistics(p: float) -> None:
+    n = 200_000
+    masks = torch.stack([ops.dropout_mask(seed, (n,), p) for seed in (1, 2)]).double()
+    five_sigma = 5 * math.sqrt(p * (1 - p) / n)
+    assert ((masks.mean(1) - (1 - p)).abs() < five_sigma).all()
+    for lanes in masks[0].view(-1, 4).T:
+        assert abs(lanes.mean() - (1 - p)) < 2 * five_sigma
+    centred = masks - (1 - p)
+    bound = 5 * p * (1 - p) / math.sqrt(n)
+    assert abs((centred[0] * centred[1]).mean()) < bound, "two seeds"
+    for lag in (1, 2, 4, 64):
+        assert abs((centred[0, lag:] * centred[0, :-lag]).mean()) < bound, f"lag {lag}"
+
+
+def test_extreme_probabilities() -> None:
+    assert ops.dropout_mask(1, (100,), 0.0).all()
+    assert not ops.dropout_mask(1, (100,), math.nextafter(1.0, 0.0)).any()
+
+
+def test_dropout_rescales_what_it_keeps_and_passes_gradients_through_it() -> None:
+    x = torch.randn(5, 7, dtype=torch.float64, requires_grad=True)
+    keep = ops.dropout_mask(9, x.shape, 0.25)
+    y = dropout(x, 0.25, 9)
+    assert torch.equal(y, torch.where(keep, x * (1 / 0.75), 0.0))
+    (dx,) = torch.autograd.grad(y.sum(), x)
+    torch.testing.assert_close(dx, keep.double() / 0.75)
+
+
+def test_seeds_come_from_the_default_generator() -> None:
+    torch.manual_seed(5)
+    first, second = ops.draw_seed("cpu"), ops.draw_seed("cpu")
+    torch.manual_seed(5)
+    assert ops.draw_seed("cpu") == first != second
+    assert first.dtype == torch.int64 and first.shape == ()
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        ((1, (3,), 1.0), r"dropout_p is 1\.0; it must lie in \[0, 1\)"),
+        ((1, (3,), -0.1), r"dropout_p is -0\.1"),
+        ((1, (3,), math.nan), r"dropout_p is nan"),
+        ((2**63, (3,), 0.5), r"seed is 9223372036854775808, which has more than 64 bits"),
+        ((torch.tensor([1]), (3,), 0.5), r"seed is a torch\.int64 tensor of shape \[1\]"),
+        ((torch.tensor(1.0), (3,), 0.5), r"seed is a torch\.float32 tensor"),
+    ],
+)
+def test_errors(arguments: tuple, message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        ops.dropout_mask(*arguments)
+
+
+def test_opcheck() -> None:
+    torch.library.opcheck(torch.ops.mbf.dropout_mask.default, (torch.tensor(3), [3, 5], 0.3))

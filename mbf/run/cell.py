@@ -1,0 +1,186 @@
+"""One cell of a run: one method learns one order of the stream with one seed."""
+
+from __future__ import annotations
+
+import warnings
+from dataclasses import dataclass
+from typing import Any
+
+from accelerate.utils import send_to_device
+from peft import LoraConfig, get_peft_model
+from torch import nn
+from torch.utils.data import DataLoader
+from transformers import set_seed
+
+from mbf import methods
+from mbf.continual import ContinualLora
+from mbf.continual.atomic import whole_directory
+from mbf.peft import fuse, save_adapter
+from mbf.report import RunResult, TaskMemory
+from mbf.run.bench import Bench
+from mbf.run.checkpoint import newest
+from mbf.run.config import MethodSpec, RunConfig
+from mbf.run.data import Collator
+from mbf.run.directory import CellDirectory, RunDirectory, read_json, write_json
+from mbf.run.ledger import Learned, Ledger
+from mbf.run.train import steps_of, train_task
+
+
+@dataclass(frozen=True)
+class CellKey:
+    """Which cell."""
+
+    method: MethodSpec
+    order: int
+    seed: int
+
+    @property
+    def name(self) -> str:
+        return f"{self.method.label}-order{self.order}-seed{self.seed}"
+
+    def task_seed(self, number: int) -> int:
+        """The seed of everything random in task ``number`` (0: making the adapter), apart for every seed and task."""
+        return 10_000 * self.seed + number
+
+
+def cells_of(config: RunConfig) -> list[CellKey]:
+    """All cells; methods change fastest, so that they can be compared early."""
+    return [CellKey(m, order, seed) for seed in config.seeds for order in config.orders for m in config.methods]
+
+
+def finished(key: CellKey, run: RunDirectory) -> RunResult | None:
+    """The cell's result, if it is there."""
+    data = read_json(run.cell(key.name).result)
+    return None if data is None else RunResult.model_validate(data)
+
+
+class Cell:
+    """Learns and evaluates task after task, from wherever the cell's directory says that it was left.
+
+    The ledger is what counts: a task is learned when the ledger says so, which it does after the learner was saved.
+    Before every task all seeds are set anew, so a cell that goes on in a new process computes what it would have.
+    """
+
+    def __init__(self, key: CellKey, run: RunDirectory, bench: Bench) -> None:
+        self.key = key
+        self.run_directory = run
+        self.directory: CellDirectory = run.cell(key.name)
+        self.bench = bench
+        self.config = bench.config
+        self.tasks = bench.stream.orders[key.order]
+        self.joint = methods.get(key.method.name).joint
+        self.rounds = [("all tasks", self.tasks)] if self.joint else [(name, (name,)) for name in self.tasks]
+        self.ledger = Ledger.read(self.directory.progress, self.tasks)
+
+    def run(self) -> RunResult:
+        """Do what is left, write adapter and result."""
+        self.directory.tidy(len(self.ledger.learned))
+        model = self.bench.base_model()
+        zero_shot = self.bench.zero_shot(model, self.run_directory.zero_shot)
+        learner = self._learner(model)
+        for number in range(1, len(self.rounds) + 1):
+            if number > len(self.ledger.learned):
+                self._learn(learner, number)
+            self._evaluate(learner, number)
+        with whole_directory(self.directory.adapter) as directory:
+            save_adapter(learner.model, learner.adapter, directory)
+        result = self._result(zero_shot)
+        write_json(self.directory.result, result.model_dump(mode="json"))
+        return result
+
+    def _learner(self, model: nn.Module) -> ContinualLora:
+        lora = self.config.lora
+        set_seed(self.key.task_seed(0))
+        adapter = LoraConfig(
+            task_type="CAUSAL_LM",
+            r=lora.r,
+            lora_alpha=lora.alpha,  # type: ignore[arg-type]
+            lora_dropout=lora.dropout,
+            target_modules=lora.target_modules,
+            use_rslora=lora.use_rslora,
+        )
+        with warnings.catch_warnings():
+            # PEFT asks transformers by a name that transformers renamed; nothing that a user could mend
+            warnings.simplefilter("ignore", FutureWarning)
+            adapted = get_peft_model(model, adapter)
+        if self.config.fuse:
+            fuse(adapted)
+        if self.ledger.learned:
+            return ContinualLora.load(adapted, self.directory.state(len(self.ledger.learned)))
+        return ContinualLora(adapted, self.key.method.name, **self.key.method.options)
+
+    def _learn(self, learner: ContinualLora, number: int) -> None:
+        name, members = self.rounds[number - 1]
+        train, progress = self.config.train, self.bench.progress
+        examples = [e for task in members for e in self.bench.encoder.examples(self.bench.stream.tasks[task].train)]
+        progress.task_started(self.key.name, name, number, len(self.rounds), steps_of(len(examples), train))
+        checkpoint = newest(self.directory.train(number))
+        seed = self.key.task_seed(number)
+        set_seed(seed)
+        with learner.task(name, self._batches(examples)):
+            if checkpoint is not None:
+                progress.message(f"{name}: goes on after step {checkpoint.step}")
+                learner.method.load_state_dict(checkpoint.method_state())
+                learner._active.hooks.steps = checkpoint.step  # type: ignore[union-attr]  # the number hooks are told
+            trained = train_task(
+                learner.model,
+                examples,
+                train,
+                pad=self.bench.tokenizer.pad_token_id,
+                seed=seed,
+                directory=self.directory.train(number),
+                run_name=f"{self.run_directory.root.name}/{self.key.name}/{name}",
+                method_state=learner.method.state_dict,
+                checkpoint=checkpoint,
+                progress=progress,
+            )
+        learner.save(self.directory.state(number))
+        memory = learner.memory_bytes()
+        self.ledger.learned.append(
+            Learned(
+                name=name,
+                seconds=trained.seconds,
+                tokens=trained.tokens,
+                adapter_bytes=memory["adapter"],
+                state_bytes=memory["state"],
+            )
+        )
+        self.ledger.write(self.directory.progress)
+        self.directory.tidy(number)
+
+    def _batches(self, examples: list[dict[str, list[int]]]) -> DataLoader[Any]:
+        """The task's data for methods that take statistics of it, in the order of the rows."""
+        collate, device = Collator(self.bench.tokenizer.pad_token_id), self.bench.device
+        return DataLoader(
+            examples,  # type: ignore[arg-type]
+            batch_size=self.config.train.batch_size,
+            collate_fn=lambda rows: send_to_device(collate(rows), device),
+        )
+
+    def _evaluate(self, learner: ContinualLora, number: int) -> None:
+        learned = self.ledger.learned[number - 1]
+        seen_only = self.config.eval.every == "seen" and not self.joint
+        for task in self.tasks[:number] if seen_only else self.tasks:
+            if task not in learned.scores:
+                learned.scores[task] = self.bench.score(learner.model, self.key.name, learned.name, task)
+                self.ledger.write(self.directory.progress)
+
+    def _result(self, zero_shot: dict[str, float]) -> RunResult:
+        learned, facts = self.ledger.learned, self.run_directory.facts
+        return RunResult(
+            method=self.key.method.name,
+            label=self.key.method.label,
+            stream=self.bench.stream.name,
+            order=self.key.order,
+            order_tasks=self.tasks,
+            seed=self.key.seed,
+            matrix=self.ledger.matrix(zero_shot, self.joint),
+            memory=[TaskMemory(adapter_bytes=one.adapter_bytes, state_bytes=one.state_bytes) for one in learned],
+            train_seconds=[one.seconds for one in learned],
+            train_tokens=[one.tokens for one in learned],
+            method_options=self.key.method.options,
+            versions=facts["versions"],
+            data_hashes=facts["data"],
+            config=facts["config"],
+            command=facts["command"],
+        )

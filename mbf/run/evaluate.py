@@ -1,0 +1,216 @@
+"""Scores of a model on a task's test rows.
+
+Classification ranks the labels by length-normalised log-likelihood; ``choice_scores`` does that in two forwards a
+batch, whatever the number of labels: one over the prompts, and one over the *tree* of the labels' tokens, in which
+labels that begin alike share nodes, each node seeing its prompt (from the key-value cache) and its own ancestors.
+Labels of a single token need no second forward.
+"""
+
+from __future__ import annotations
+
+import re
+import string
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from mbf.run.data import Encoder, pad_left
+from mbf.streams import Task
+
+
+@dataclass(frozen=True)
+class ChoiceTree:
+    """Inner nodes of the trie of all labels' token ids; source 0 is the prompt's last token, source n + 1 is node n.
+
+    Attributes:
+        tokens: token id of each node.
+        parents: source from which each node continues.
+        depths: of each node, 1 for those that follow the prompt.
+        steps: for each label its (source, token id) pairs: log p(label) = sum of log p(token | source).
+    """
+
+    tokens: list[int] = field(default_factory=list)
+    parents: list[int] = field(default_factory=list)
+    depths: list[int] = field(default_factory=list)
+    steps: list[list[tuple[int, int]]] = field(default_factory=list)
+
+    @classmethod
+    def of(cls, labels: Sequence[Sequence[int]]) -> ChoiceTree:
+        """The tree of ``labels``, each a non-empty list of token ids."""
+        tree = cls()
+        source_of: dict[tuple[int, ...], int] = {(): 0}
+        for label in labels:
+            steps = []
+            for depth, token in enumerate(label):
+                before = tuple(label[:depth])
+                if before not in source_of:
+                    tree.tokens.append(before[-1])
+                    tree.parents.append(source_of[before[:-1]])
+                    tree.depths.append(depth)
+                    source_of[before] = len(tree.tokens)
+                steps.append((source_of[before], token))
+            tree.steps.append(steps)
+        return tree
+
+    def ancestry(self) -> Tensor:
+        """bool [nodes, nodes]: whether node n sees node m, that is, m is n or an ancestor of it."""
+        seen = torch.eye(len(self.tokens), dtype=torch.bool)
+        for n, parent in enumerate(self.parents):
+            if parent:
+                seen[n] |= seen[parent - 1]
+        return seen
+
+
+@dataclass(frozen=True)
+class TestSet:
+    """A task's test rows as tokens, made once a run: ``choices`` for classification, None for generation."""
+
+    __test__ = False  # no test class, whatever the name
+
+    name: str
+    metric: str
+    prompts: list[list[int]]
+    references: list[list[str]]
+    labels: tuple[str, ...]
+    choices: ChoiceTree | None
+    encoder: Encoder
+
+    @classmethod
+    def of(cls, task: Task, encoder: Encoder) -> TestSet:
+        classify = task.kind == "classification"
+        return cls(
+            name=task.name,
+            metric=task.metric,
+            prompts=encoder.prompts(task.test),
+            references=list(task.test["references"]),
+            labels=task.labels,
+            choices=ChoiceTree.of(encoder.answers(task.labels)) if classify else None,
+            encoder=encoder,
+        )
+
+
+def evaluate(
+    model: nn.Module, tests: TestSet, batch_size: int = 32, watch: Callable[[int, int], None] | None = None
+) -> float:
+    """The score of ``model`` on ``tests`` in percent: accuracy, or mean Rouge-L F1 where the metric is ``rougeL``; of
+    several references the best counts.
+
+    Args:
+        model: a causal LM, with or without adapters; evaluated in eval mode and left in the mode it was in.
+        tests: from ``TestSet.of``.
+        batch_size: prompts a forward; they are sorted by length, which changes no score.
+        watch: called with (rows done, rows in all) after every batch.
+    """
+    order = sorted(range(len(tests.prompts)), key=lambda row: len(tests.prompts[row]))
+    points = 0.0
+    with _evaluating(model):
+        for start in range(0, len(order), batch_size):
+            rows = order[start : start + batch_size]
+            predictions = _predict(model, tests, [tests.prompts[row] for row in rows])
+            for row, prediction in zip(rows, predictions, strict=True):
+                points += max(_points(tests.metric, prediction, answer) for answer in tests.references[row])
+            if watch is not None:
+                watch(start + len(rows), len(order))
+    return 100.0 * points / len(order)
+
+
+def choice_scores(model: nn.Module, prompts: Sequence[Sequence[int]], tree: ChoiceTree, pad: int) -> Tensor:
+    """float32 [prompts, labels]: log-likelihood of each label after each prompt, divided by the label's tokens.
+
+    The model must take a key-value cache and, where a label has several tokens, 4-D attention masks (sdpa or eager).
+    """
+    device = next(model.parameters()).device
+    inputs = {name: tensor.to(device) for name, tensor in pad_left(prompts, pad).items()}
+    out = model(**inputs, use_cache=bool(tree.tokens), logits_to_keep=1)
+    logits = out.logits
+    if tree.tokens:
+        after = _tree_logits(model, inputs, out.past_key_values, tree)
+        logits = torch.cat([logits, after], dim=1)
+    logits = logits.float()
+    pairs = [pair for steps in tree.steps for pair in steps]
+    sources, tokens = (torch.tensor(column, device=device) for column in zip(*pairs, strict=True))
+    log_p = logits[:, sources, tokens] - logits.logsumexp(-1)[:, sources]
+    return torch.stack([part.mean(1) for part in log_p.split([len(steps) for steps in tree.steps], dim=1)], dim=1)
+
+
+def _tree_logits(model: nn.Module, inputs: dict[str, Tensor], cache: Any, tree: ChoiceTree) -> Tensor:
+    """[prompts, nodes, vocabulary]: logits at every node of the tree."""
+    prompt_mask, positions = inputs["attention_mask"], inputs["position_ids"]
+    device, (batch, nodes) = prompt_mask.device, (len(prompt_mask), len(tree.tokens))
+    seen = torch.cat(
+        [prompt_mask.bool()[:, None].expand(-1, nodes, -1), tree.ancestry().to(device).expand(batch, -1, -1)], dim=2
+    )
+    dtype = next(p.dtype for p in model.parameters() if p.is_floating_point())
+    additive = torch.zeros(seen.shape, dtype=dtype, device=device).masked_fill_(~seen, torch.finfo(dtype).min)
+    return model(
+        input_ids=torch.tensor(tree.tokens, device=device).expand(batch, -1),
+        attention_mask=additive[:, None],
+        position_ids=positions[:, -1:] + torch.tensor(tree.depths, device=device),
+        past_key_values=cache,
+        use_cache=True,
+    ).logits
+
+
+def rouge_l(prediction: str, reference: str) -> float:
+    """Rouge-L F1, 0 to 1: from the longest common subsequence of lower-cased words (of any script), no stemming."""
+    found, wanted = (re.findall(r"\w+", text.lower()) for text in (prediction, reference))
+    row = [0] * (len(wanted) + 1)
+    for word in found:
+        diagonal = 0
+        for column, other in enumerate(wanted, 1):
+            above = row[column]
+            row[column] = diagonal + 1 if word == other else max(above, row[column - 1])
+            diagonal = above
+    return 2 * row[-1] / (len(found) + len(wanted)) if row[-1] else 0.0
+
+
+def same_answer(prediction: str, reference: str) -> bool:
+    """Exact match of lower-cased text without punctuation and surplus space."""
+    strip = str.maketrans("", "", string.punctuation)
+    found, wanted = (" ".join(text.lower().translate(strip).split()) for text in (prediction, reference))
+    return found == wanted
+
+
+def _predict(model: nn.Module, tests: TestSet, prompts: list[list[int]]) -> list[str]:
+    if tests.choices is None:
+        return _generate(model, prompts, tests.encoder)
+    scores = choice_scores(model, prompts, tests.choices, tests.encoder.tokenizer.pad_token_id)
+    # argmax names no order among equals; a maximum's first place is the first label by any reading.
+    best = (scores == scores.max(1, keepdim=True).values).int().argmax(1)
+    return [tests.labels[index] for index in best.tolist()]
+
+
+def _generate(model: Any, prompts: list[list[int]], encoder: Encoder) -> list[str]:
+    from transformers import GenerationConfig
+
+    tokenizer = encoder.tokenizer
+    device = next(model.parameters()).device
+    inputs = {name: tensor.to(device) for name, tensor in pad_left(prompts, tokenizer.pad_token_id).items()}
+    greedy = GenerationConfig(
+        max_new_tokens=encoder.answer_tokens,
+        do_sample=False,
+        eos_token_id=tokenizer.eos_token_id,
+        pad_token_id=tokenizer.pad_token_id,
+        use_cache=True,
+    )
+    ids = model.generate(**inputs, generation_config=greedy)[:, inputs["input_ids"].shape[1] :]
+    return [text.strip() for text in tokenizer.batch_decode(ids, skip_special_tokens=True)]
+
+
+def _points(metric: str, prediction: str, answer: str) -> float:
+    return rouge_l(prediction, answer) if metric == "rougeL" else float(same_answer(prediction, answer))
+
+
+@contextmanager
+def _evaluating(model: nn.Module) -> Iterator[None]:
+    training = model.training
+    model.eval()
+    try:
+        with torch.inference_mode():
+            yield
+    finally:
+        model.train(training)

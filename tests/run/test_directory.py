@@ -1,0 +1,85 @@
+"""The run's directory: who may begin there, go on there, and be there."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import yaml
+
+from mbf.run.config import RunConfig
+from mbf.run.directory import RunDirectory, RunError, locked, read_json, write_json
+
+CONFIG = RunConfig.from_stream("s", methods=[{"name": "slao", "label": "mine", "basis": "rsvd"}])
+FACTS = {"versions": {}, "data": {}, "command": "mbf run s"}
+
+
+def test_what_was_created_is_opened(tmp_path: Path) -> None:
+    made = RunDirectory.create(tmp_path / "r", CONFIG, FACTS)
+    found = RunDirectory.open(tmp_path / "r")
+    assert found == made and found.config == CONFIG
+    assert found.facts["sha256"] == CONFIG.sha256() and found.facts["command"] == "mbf run s"
+
+
+def test_a_changed_configuration_is_refused_by_key(tmp_path: Path) -> None:
+    RunDirectory.create(tmp_path, CONFIG, FACTS)
+    written = yaml.safe_load((tmp_path / "config.yaml").read_text())
+    written["train"]["lr"] = 0.5
+    written["seeds"] = [0, 1]
+    (tmp_path / "config.yaml").write_text(yaml.safe_dump(written))
+    with pytest.raises(RunError, match=r"configuration changed .*seeds: \[0\] -> \[0, 1\]; train.lr: 0.001 -> 0.5"):
+        RunDirectory.open(tmp_path)
+
+
+def test_no_run_there(tmp_path: Path) -> None:
+    with pytest.raises(RunError, match="no run was started here"):
+        RunDirectory.open(tmp_path)
+
+
+def test_a_directory_in_use_is_refused(tmp_path: Path) -> None:
+    RunDirectory.create(tmp_path / "r", CONFIG, FACTS)
+    with pytest.raises(RunError, match="holds a run already; mbf resume"):
+        RunDirectory.create(tmp_path / "r", CONFIG, FACTS)
+    (tmp_path / "other").mkdir()
+    (tmp_path / "other" / "thesis.tex").touch()
+    with pytest.raises(RunError, match=r"is not empty \(it has thesis.tex\)"):
+        RunDirectory.create(tmp_path / "other", CONFIG, FACTS)
+    with pytest.raises(RunError, match="is a file"):
+        RunDirectory.create(tmp_path / "other" / "thesis.tex", CONFIG, FACTS)
+
+
+def test_what_an_interrupted_start_left_is_no_hindrance(tmp_path: Path) -> None:
+    (tmp_path / "config.yaml").touch()
+    (tmp_path / ".lock").touch()
+    RunDirectory.create(tmp_path, CONFIG, FACTS)
+    assert RunDirectory.open(tmp_path).config == CONFIG
+
+
+def test_one_process_at_a_time(tmp_path: Path) -> None:
+    """The lock is the system's, so another open file is as good as another process, and a dead one holds nothing."""
+    code = f"import filelock, os; filelock.FileLock({str(tmp_path / '.lock')!r}).acquire(); os.kill(os.getpid(), 9)"
+    subprocess.run([sys.executable, "-c", code])
+    with locked(tmp_path), pytest.raises(RunError, match="another process is running here"), locked(tmp_path):
+        pass
+
+
+def test_json_is_replaced_in_one_step(tmp_path: Path) -> None:
+    assert read_json(tmp_path / "x.json") is None
+    write_json(tmp_path / "x.json", {"a": 1})
+    with pytest.raises(ValueError):
+        write_json(tmp_path / "x.json", {"a": float("nan")})
+    assert read_json(tmp_path / "x.json") == {"a": 1}
+    assert [path.name for path in tmp_path.iterdir()] == ["x.json"]
+
+
+def test_tidying_keeps_what_is_needed(tmp_path: Path) -> None:
+    cell = RunDirectory(tmp_path, CONFIG, {}).cell("c")
+    for number in (1, 2, 3):
+        cell.state(number).mkdir(parents=True)
+        cell.train(number).mkdir(parents=True)
+    (cell.state(1).parent / ".task-02.new-1").mkdir()
+    cell.tidy(2)
+    left = sorted(str(path.relative_to(cell.root)) for path in cell.root.glob("*/*"))
+    assert left == ["state/task-02", "train/task-03"]

@@ -1,0 +1,157 @@
+"""Evaluation: the tree of labels against one forward a label, generation against a plain greedy loop."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from torch import nn
+
+from mbf.run.data import Encoder
+from mbf.run.evaluate import ChoiceTree, TestSet, choice_scores, evaluate, rouge_l, same_answer
+from mbf.run.model import load_model
+from mbf.streams import Row, make_task
+
+LABELS = ("light blue", "light green", "light", "red", "a")
+
+
+@pytest.fixture(scope="module")
+def tiny():
+    return load_model("tiny-random-llama")
+
+
+def rows(answers: list[str]) -> list[Row]:
+    return [
+        Row("word " * (n % 5 + 1) + str(n), "\nWhat is it? Answer:", answer, (answer,))
+        for n, answer in enumerate(answers)
+    ]
+
+
+def naive_score(model, prompt: list[int], label: list[int]) -> torch.Tensor:
+    log_p = model(torch.tensor([prompt + label])).logits[0].log_softmax(-1)
+    return torch.stack([log_p[len(prompt) - 1 + n, token] for n, token in enumerate(label)]).mean()
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("labels", [LABELS, ("x", "y"), ("only one",)])
+def test_choices_equal_the_naive_computation(tiny, labels) -> None:
+    model, tokenizer = tiny
+    encoder = Encoder(tokenizer, 20, 20)
+    prompts = encoder.prompts([row._asdict() for row in rows(["red"] * 6)])
+    ids = encoder.answers(labels)
+    scores = choice_scores(model, prompts, ChoiceTree.of(ids), tokenizer.pad_token_id)
+    wanted = torch.stack([torch.stack([naive_score(model, p, label) for label in ids]) for p in prompts])
+    torch.testing.assert_close(scores, wanted, rtol=1e-5, atol=1e-5)
+
+
+@given(st.lists(st.lists(st.integers(0, 3), min_size=1, max_size=4), min_size=1, max_size=6))
+@settings(deadline=None, max_examples=60)
+def test_the_tree_holds_every_label_once(labels: list[list[int]]) -> None:
+    tree = ChoiceTree.of(labels)
+    paths: list[list[int]] = [[]]
+    for token, parent in zip(tree.tokens, tree.parents, strict=True):
+        paths.append([*paths[parent], token])
+    assert len(set(map(tuple, paths))) == len(paths)  # nothing is computed twice
+    for label, steps in zip(labels, tree.steps, strict=True):
+        assert [token for _, token in steps] == label
+        assert [paths[source] for source, _ in steps] == [label[:n] for n in range(len(label))]
+    for n, row in enumerate(tree.ancestry().tolist()):
+        assert sorted(tree.depths[m] for m, seen in enumerate(row) if seen) == list(range(1, tree.depths[n] + 1))
+
+
+def test_classification_counts_the_best_label(tiny) -> None:
+    model, tokenizer = tiny
+    encoder = Encoder(tokenizer, 20, 20)
+    answers = ["red", "a", "light", "light blue", "light green", "red", "a"]
+    task = make_task("t", {"train": rows(["red"])[:1], "test": rows(answers)[1:]}, labels=LABELS, noun="it")
+    tests = TestSet.of(task, encoder)
+    with torch.no_grad():
+        best = [
+            max(LABELS, key=lambda name: float(naive_score(model, prompt, encoder.answers([name])[0])))
+            for prompt in tests.prompts
+        ]
+    wanted = 100 * sum(b == a for b, a in zip(best, answers[1:], strict=True)) / len(best)
+    told: list[tuple[int, int]] = []
+    for batch_size in (1, 4, 100):
+        assert evaluate(model, tests, batch_size, lambda *at: told.append(at)) == pytest.approx(wanted)
+    assert told[-1] == (6, 6)
+
+
+def test_ties_go_to_the_first_label() -> None:
+    class Indifferent(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.weight = nn.Parameter(torch.zeros(()))
+
+        def forward(self, input_ids, **ignored):
+            shape = (*input_ids[:, -1:].shape, 300)
+            return type("Out", (), {"logits": torch.zeros(shape)})()
+
+    encoder = Encoder(_OneToken(), 20, 20)
+    data = {"train": rows(["x"]), "test": rows(["x", "x", "y", "x"])[1:]}
+    task = make_task("t", data, labels=("x", "y"), noun="n")
+    assert evaluate(Indifferent(), TestSet.of(task, encoder)) == pytest.approx(200 / 3)
+
+
+class _OneToken:
+    """A tokenizer for which every text is one token."""
+
+    eos_token, pad_token, bos_token_id, eos_token_id, pad_token_id = "e", "e", None, 2, 2
+
+    def __call__(self, texts, add_special_tokens=True):
+        return {"input_ids": [[3 + len(text) + ord(text[-1]) % 100] for text in texts]}
+
+
+def test_generation_is_greedy(tiny) -> None:
+    model, tokenizer = tiny
+    encoder = Encoder(tokenizer, 20, 5)
+    prompts = encoder.prompts([row._asdict() for row in rows(["x"] * 3)])
+    answers = []
+    for prompt in prompts:
+        ids = list(prompt)
+        for _ in range(5):
+            with torch.no_grad():
+                token = int(model(torch.tensor([ids])).logits[0, -1].argmax())
+            if token == tokenizer.eos_token_id:
+                break
+            ids.append(token)
+        answers.append(tokenizer.decode(ids[len(prompt) :], skip_special_tokens=True).strip())
+    assert all(answers)
+    data = [row._replace(references=("other", answer)) for row, answer in zip(rows(answers), answers, strict=True)]
+    wrong = [row._replace(answer="zzz", references=("zzz",)) for row in data[:1]] + data[1:]
+    for test, wanted in ((data, 100.0), (wrong, 200 / 3)):
+        task = make_task("t", {"train": rows(["x"] * 4)[3:], "test": test}, labels=(), noun="n", metric="accuracy")
+        assert evaluate(model, TestSet.of(task, encoder)) == pytest.approx(wanted)
+
+
+@pytest.mark.parametrize("training", [True, False])
+def test_the_model_s_mode_is_given_back_and_it_can_train_on(tiny, training: bool) -> None:
+    model, tokenizer = tiny
+    model.train(training)
+    task = make_task("t", {"train": rows(["x"])[:1], "test": rows(["x", "y"])[1:]}, labels=("x", "y"), noun="n")
+    evaluate(model, TestSet.of(task, Encoder(tokenizer, 20, 20)))
+    assert model.training is training
+    model(torch.tensor([[5, 6]]), labels=torch.tensor([[5, 6]])).loss.backward()
+    assert model.lm_head.weight.grad is not None
+    model.zero_grad()
+
+
+@pytest.mark.parametrize(
+    ("prediction", "reference", "wanted"),
+    [
+        ("the cat sat", "the cat sat", 1.0),
+        ("The cat, sat!", "the cat sat", 1.0),
+        ("the cat", "the dog sat", 0.4),  # LCS 1 of 2 and 3 words
+        ("a b c d", "d c b a", 0.25),
+        ("", "a", 0.0),
+        ("ночь", "Ночь", 1.0),
+    ],
+)
+def test_rouge_l(prediction: str, reference: str, wanted: float) -> None:
+    assert rouge_l(prediction, reference) == pytest.approx(wanted)
+
+
+def test_exact_match_is_normalised() -> None:
+    assert same_answer(" The  Answer.", "the answer")
+    assert not same_answer("the answers", "the answer")

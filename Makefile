@@ -1,0 +1,74 @@
+# mbf from a fresh clone: `make run` and `make test` set up all that they need in $(VENV).
+
+VENV ?= .venv
+RUN ?= quickstart --method slao,seqlora
+PYTEST ?= -n 2 --dist loadfile
+BENCH ?=
+
+# The first Python that is new enough and can make virtual environments; `make PYTHON=/path/to/python3` overrides.
+PYTHON ?= $(shell for p in python3 python3.11 python3.12 python3.13 python3.14 python3.10; do \
+	$$p -c 'import sys, venv, ensurepip; sys.exit(sys.version_info < (3, 10))' >/dev/null 2>&1 && command -v $$p && break; done)
+
+bin := $(VENV)/bin
+pip := $(bin)/python -m pip
+done := $(VENV)/.done
+native := setup.py $(shell find csrc -name '*.cpp' -o -name '*.h' -o -name '*.cu' -o -name '*.cuh' 2>/dev/null)
+export HF_HUB_DISABLE_TELEMETRY := 1
+
+.DEFAULT_GOAL := help
+.PHONY: help run test lint wheel bench clean
+.DELETE_ON_ERROR:
+.NOTPARALLEL:
+
+help: ## show this list
+	@sed -nE 's/^([a-z]+):.*## (.*)/  make \1|\2/p' $(MAKEFILE_LIST) | column -t -s '|' 2>/dev/null \
+		|| sed -nE 's/^([a-z]+):.*## (.*)/  make \1  \2/p' $(MAKEFILE_LIST)
+	@echo
+	@echo '  make run RUN="real-5 --method slao,seqlora --seed 0"    another run; see mbf run --help'
+	@echo '  make test PYTEST="-x tests/ops"                         other arguments for pytest'
+	@echo '  make PYTHON=/usr/bin/python3.12 run                     another Python (3.10 or newer)'
+
+run: $(done)/run $(done)/native ## install what a run needs, then learn RUN (default: the quickstart) and write its report
+	$(bin)/mbf run $(RUN)
+
+test: $(done)/test $(done)/native ## the test suite
+	$(bin)/python -m pytest $(PYTEST)
+
+lint: $(done)/dev ## ruff, mypy and clang-format
+	$(bin)/ruff check .
+	$(bin)/ruff format --check .
+	$(bin)/mypy
+	find csrc -name '*.cpp' -o -name '*.h' -o -name '*.cu' -o -name '*.cuh' | xargs -r $(bin)/clang-format --dry-run -Werror
+
+# The wheel is proved from its own files: installed alone into an empty folder, imported from elsewhere, one operator run.
+wheel: $(done)/dev ## build dist/*.whl, install it into an empty folder and run an operator from there
+	rm -rf dist build/lib* build/bdist* build/wheel-check
+	$(bin)/python -m build --wheel --no-isolation
+	$(pip) install --quiet --no-deps --target build/wheel-check dist/*.whl
+	cd build/wheel-check && $(abspath $(bin))/python -c 'import pathlib, torch, mbf, mbf.kernels; \
+		assert pathlib.Path(mbf.__file__).parent.parent == pathlib.Path.cwd(), mbf.__file__; \
+		old, new = torch.zeros(3), torch.ones(3); mbf.ops.merge_([old], [new], 0.5); assert old.tolist() == [0.5] * 3; \
+		print("wheel:", mbf.__version__, "- compiled extension:", mbf.ops.native_status().reason)'
+
+bench: $(done)/dev $(done)/native ## the benchmarks of bench/
+	$(bin)/python -m pytest bench $(BENCH)
+
+clean: ## remove what make built, the environment included; runs/ and the cache of models and data stay
+	rm -rf $(VENV) build dist *.egg-info mbf/_C*.so .mypy_cache .ruff_cache .pytest_cache .hypothesis .benchmarks
+
+# torch comes first: building without isolation compiles against the very torch that will load the extension.
+$(done)/torch: constraints.txt
+	@test -n '$(PYTHON)' || { echo 'No Python >= 3.10 with venv found: install one (Debian, Ubuntu: apt install python3-venv)' \
+		'or name it: make PYTHON=/path/to/python3'; exit 1; }
+	test -x $(bin)/python || '$(PYTHON)' -m venv $(VENV)
+	$(pip) install -c constraints.txt torch 'setuptools>=77' wheel ninja
+	@mkdir -p $(done) && touch $@
+
+# An extra's packages; the extension is left to the rule below, so that it is compiled once and not with every extra.
+$(done)/run $(done)/test $(done)/dev: $(done)/%: $(done)/torch pyproject.toml
+	MBF_BUILD_CPU=0 $(pip) install --no-build-isolation -c constraints.txt -e '.[$*]'
+	@touch $@
+
+$(done)/native: $(done)/torch pyproject.toml $(native)
+	$(pip) install --no-build-isolation --no-deps -e .
+	@touch $@

@@ -1,0 +1,41 @@
+"""Values of options: lists with commas, and ``key=value``."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from typing import Any
+
+import typer
+import yaml
+
+
+def words(option: str, text: str) -> list[str]:
+    """``"slao,seqlora"`` → ``["slao", "seqlora"]``."""
+    found = [word.strip() for word in text.split(",")]
+    if not all(found):
+        raise typer.BadParameter(f"found {text!r}, wanted names with commas between them", param_hint=option)
+    return found
+
+
+def numbers(option: str, text: str) -> list[int]:
+    """``"1,2"`` → ``[1, 2]``."""
+    try:
+        return [int(word) for word in words(option, text)]
+    except ValueError:
+        wanted = "wanted whole numbers with commas between them"
+        raise typer.BadParameter(f"found {text!r}, {wanted}", param_hint=option) from None
+
+
+def settings(option: str, pairs: Iterable[str]) -> dict[str, Any]:
+    """``["train.epochs=3"]`` → ``{"train.epochs": 3}``: values are YAML; whoever uses them checks their types."""
+    found = {}
+    for pair in pairs:
+        key, equals, value = pair.partition("=")
+        if not (key.strip() and equals):
+            raise typer.BadParameter(f"found {pair!r}, wanted key=value", param_hint=option)
+        try:
+            found[key.strip()] = yaml.safe_load(value)
+        except yaml.YAMLError as error:
+            reason = " ".join(str(error).split())
+            raise typer.BadParameter(f"found {pair!r}, whose value is no YAML: {reason}", param_hint=option) from None
+    return found

@@ -35,8 +35,8 @@ test: $(done)/test $(done)/native ## the test suite
 	$(bin)/python -m pytest $(PYTEST)
 
 lint: $(done)/dev ## ruff, mypy and clang-format
-	$(bin)/ruff check .
-	$(bin)/ruff format --check .
+	$(bin)/ruff check --extend-exclude build .
+	$(bin)/ruff format --check --extend-exclude build .
 	$(bin)/mypy
 	find csrc -name '*.cpp' -o -name '*.h' -o -name '*.cu' -o -name '*.cuh' | xargs -r $(bin)/clang-format --dry-run -Werror
 

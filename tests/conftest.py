@@ -13,6 +13,9 @@ os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
 import pytest
 import torch
 
+# Test data that is drawn while tests are collected is the same in every worker and every run.
+torch.manual_seed(0)
+
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     for marker, lacks in (("gpu", _lacks_gpu), ("model", _lacks_model)):

@@ -172,6 +172,19 @@ class ContinualLora:
             self.abandon_task()
             raise
 
+    def continue_task(self, method_state: Mapping[str, Tensor], steps: int) -> None:
+        """Put the task in progress where a checkpoint of its training was taken, right after ``begin_task``.
+
+        Restores what the learner and the method keep; the adapter, optimiser and random state are the loop's to restore.
+
+        Args:
+            method_state: ``method.state_dict()`` at the checkpoint.
+            steps: optimiser steps taken by then.
+        """
+        active = self._require_active("continue_task")
+        self.method.load_state_dict(method_state)
+        active.hooks.steps = steps
+
     def end_task(self, data: Batches | None = None) -> None:
         """Merge what was learnt: afterwards the adapter is the merged LoRA.
 

@@ -17,13 +17,13 @@ from mbf.continual import ContinualLora
 from mbf.continual.atomic import whole_directory
 from mbf.peft import fuse, save_adapter
 from mbf.report import RunResult, TaskMemory
-from mbf.run.bench import Bench
 from mbf.run.checkpoint import newest
 from mbf.run.config import MethodSpec, RunConfig
 from mbf.run.data import Collator
 from mbf.run.directory import CellDirectory, RunDirectory, read_json, write_json
 from mbf.run.ledger import Learned, Ledger
 from mbf.run.train import steps_of, train_task
+from mbf.run.workbench import Workbench
 
 
 @dataclass(frozen=True)
@@ -61,7 +61,7 @@ class Cell:
     Before every task all seeds are set anew, so a cell that goes on in a new process computes what it would have.
     """
 
-    def __init__(self, key: CellKey, run: RunDirectory, bench: Bench) -> None:
+    def __init__(self, key: CellKey, run: RunDirectory, bench: Workbench) -> None:
         self.key = key
         self.run_directory = run
         self.directory: CellDirectory = run.cell(key.name)
@@ -120,8 +120,7 @@ class Cell:
         with learner.task(name, self._batches(examples)):
             if checkpoint is not None:
                 progress.message(f"{name}: goes on after step {checkpoint.step}")
-                learner.method.load_state_dict(checkpoint.method_state())
-                learner._active.hooks.steps = checkpoint.step  # type: ignore[union-attr]  # the number hooks are told
+                learner.continue_task(checkpoint.method_state(), checkpoint.step)
             trained = train_task(
                 learner.model,
                 examples,

@@ -16,7 +16,7 @@ from mbf.run.versions import versions
 
 if TYPE_CHECKING:
     from mbf.report import RunResult
-    from mbf.run.bench import Bench
+    from mbf.run.workbench import Workbench
 
 
 def run(config: RunConfig, progress: Progress | None = None) -> list[RunResult]:
@@ -35,12 +35,12 @@ def run(config: RunConfig, progress: Progress | None = None) -> list[RunResult]:
             nothing was written.
         mbf.continual.TaskError: a method left a broken adapter; ``resume`` can go on.
     """
-    from mbf.run.bench import Bench  # late, as it brings transformers, which takes seconds to import
+    from mbf.run.workbench import Workbench  # late, as it brings transformers, which takes seconds to import
 
     progress = progress or LogProgress()
     root = config.output or default_output(config)
     check_free(root)
-    bench = Bench(config, progress)
+    bench = Workbench(config, progress)
     command = shlex.join([Path(sys.argv[0]).name, *sys.argv[1:]])
     with locked(root):
         facts = {"command": command, "versions": versions(), "data": bench.data_hashes()}
@@ -61,13 +61,13 @@ def resume(directory: str | Path, progress: Progress | None = None) -> list[RunR
     Raises:
         RunError: no run there, another process is at it, or its configuration or data changed.
     """
-    from mbf.run.bench import Bench
+    from mbf.run.workbench import Workbench
 
     progress = progress or LogProgress()
     root = Path(directory)
     found = RunDirectory.open(root)
     with locked(root):
-        bench = Bench(found.config, progress)
+        bench = Workbench(found.config, progress)
         _check_same_data(found, bench.data_hashes())
         for name, now in versions().items():
             if (then := found.facts["versions"].get(name)) != now:
@@ -75,7 +75,7 @@ def resume(directory: str | Path, progress: Progress | None = None) -> list[RunR
         return _run_cells(found, bench, progress)
 
 
-def _run_cells(run: RunDirectory, bench: Bench, progress: Progress) -> list[RunResult]:
+def _run_cells(run: RunDirectory, bench: Workbench, progress: Progress) -> list[RunResult]:
     from mbf.report import write_report
     from mbf.run.cell import Cell, cells_of, finished
 

@@ -7,6 +7,8 @@ import logging
 import os
 import shutil
 import zipfile
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -59,7 +61,8 @@ def load_model(
     where = smollm2_folder(cache, progress) if str(name) == SMOLLM2 else name
     try:
         tokenizer = AutoTokenizer.from_pretrained(where)
-        model = AutoModelForCausalLM.from_pretrained(where, dtype=dtype)
+        with _no_bars():
+            model = AutoModelForCausalLM.from_pretrained(where, dtype=dtype)
     except OSError as error:
         raise ValueError(
             f"model {str(name)!r} was not found: neither a packaged name ({', '.join(PACKAGED)}), nor a folder with a "
@@ -69,6 +72,20 @@ def load_model(
         tokenizer.pad_token = tokenizer.eos_token
     tokenizer.padding_side = "right"
     return model.eval(), tokenizer
+
+
+@contextmanager
+def _no_bars() -> Iterator[None]:
+    """Without transformers' bar over the weights: it would break into the run's own display."""
+    from transformers.utils import logging as transformers_logging
+
+    enabled = transformers_logging.is_progress_bar_enabled()
+    transformers_logging.disable_progress_bar()
+    try:
+        yield
+    finally:
+        if enabled:
+            transformers_logging.enable_progress_bar()
 
 
 # -- the packaged model --------------------------------------------------------------------------------------------

@@ -24,7 +24,7 @@ from tests.run.tiny import tiny_settings, write_stream
 
 # A server that imported everything forks the children: no child pays for the imports again, and none inherits threads.
 CHILDREN = multiprocessing.get_context("forkserver")
-CHILDREN.set_forkserver_preload(["mbf.run.bench", "mbf.run.cell", "datasets", "tests.run.test_kill"])
+CHILDREN.set_forkserver_preload(["mbf.run.workbench", "mbf.run.cell", "datasets", "tests.run.test_kill"])
 
 EVENTS = ("open", "os.rename", "os.remove", "os.rmdir", "os.mkdir", "shutil.rmtree")
 

@@ -18,7 +18,7 @@ from mbf.run.progress import Progress
 from mbf.streams import Stream, load_stream
 
 
-class Bench:
+class Workbench:
     """Loads stream and model, and checks against them what the configuration alone could not show.
 
     Raises:

@@ -133,10 +133,6 @@ class Slao(Method):
         if self.options.start == "last_ft":
             self.state = {"ft": finetuned}  # ... and keep (A_ft, B_ft) for the next start
 
-    @property
-    def _B_merge(self) -> list[Tensor]:
-        return self.merged.B if self._projected_B_merge is None else self._projected_B_merge
-
     # -- the same with the options of the ablations ------------------------------------------------------------------
 
     def _last_finetuned(self) -> Factors:
@@ -161,20 +157,24 @@ class Slao(Method):
         grown = self.fresh(ranks).A  # a rank that grows: random rows, made orthonormal to the leading ones
         return orthonormal_rows([torch.cat([Vh, new[Vh.shape[0] :]]) for Vh, new in zip(leading, grown, strict=True)])
 
+    @property
+    def _B_merge(self) -> list[Tensor]:
+        return self.merged.B if self._projected_B_merge is None else self._projected_B_merge
+
     def _merged_in_basis(self, A: list[Tensor]) -> list[Tensor]:
         """B of the merged LoRA, projected on the rows of the new A: the only way to merge across a change of rank."""
         old = zip(self.merged.A, self.merged.B, A, strict=True)
         return [B_merge @ (A_merge @ A_i.mT) for A_merge, B_merge, A_i in old]
 
     def _merge(self, finetuned: Factors, weight: float) -> Factors:
-        merged = finetuned.clone()
+        A_merge, B_merge = finetuned.A, finetuned.B
         if self.options.merge != "A":
-            merged.B = [B.clone() for B in self._B_merge]
-            merge_(merged.B, finetuned.B, weight)
+            B_merge = [B.clone() for B in self._B_merge]
+            merge_(B_merge, finetuned.B, weight)
         if self.options.merge != "B":
-            merged.A = [A.clone() for A in self.merged.A]
-            merge_(merged.A, finetuned.A, weight)
-        return merged
+            A_merge = [A.clone() for A in self.merged.A]
+            merge_(A_merge, finetuned.A, weight)
+        return Factors(A_merge, B_merge)
 
     def merged_terms(self, layer: Layer, index: int, i: int, weight: float | Tensor | None) -> LoraTerms:
         """Time-aware scaling: B_merge + λ (B_ft − B_merge) is interpolated by the operator, nothing is written."""

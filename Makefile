@@ -3,7 +3,7 @@
 VENV ?= .venv
 RUN ?= quickstart --method slao,seqlora
 PYTEST ?= -n 2 --dist loadfile
-BENCH ?=
+BENCH ?= bench/*.py
 
 # The first Python that is new enough and can make virtual environments; `make PYTHON=/path/to/python3` overrides.
 PYTHON ?= $(shell for p in python3 python3.11 python3.12 python3.13 python3.14 python3.10; do \
@@ -50,8 +50,8 @@ wheel: $(done)/dev ## build dist/*.whl, install it into an empty folder and run 
 		old, new = torch.zeros(3), torch.ones(3); mbf.ops.merge_([old], [new], 0.5); assert old.tolist() == [0.5] * 3; \
 		print("wheel:", mbf.__version__, "- compiled extension:", mbf.ops.native_status().reason)'
 
-bench: $(done)/dev $(done)/native ## the benchmarks of bench/
-	$(bin)/python -m pytest bench $(BENCH)
+bench: $(done)/dev $(done)/native ## the benchmarks of bench/, or those of BENCH
+	$(bin)/python -m pytest $(BENCH)
 
 clean: ## remove what make built, the environment included; runs/ and the cache of models and data stay
 	rm -rf $(VENV) build dist *.egg-info mbf/_C*.so .mypy_cache .ruff_cache .pytest_cache .hypothesis .benchmarks

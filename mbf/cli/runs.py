@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -63,7 +62,7 @@ def run(
     chosen = {key: value for key, value in given.items() if value is not None}
     config = mbf.run.load_config(source, chosen | values.settings("--set", settings or []))
     # Named here and not left to the run, so that an interruption can say how to go on.
-    directory = config.output or Path("runs", f"{config.stream_name}-{time.strftime('%Y%m%d-%H%M%S')}")
+    directory = config.output or mbf.run.default_output(config)
     with _watched(directory) as progress:
         results = mbf.run.run(config.model_copy(update={"output": directory}), progress)
     _show(results, directory)

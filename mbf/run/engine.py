@@ -88,7 +88,7 @@ def _run_cells(run: RunDirectory, bench: Workbench, progress: Progress) -> list[
             result = Cell(key, run, bench).run()
             progress.cell_finished(key.name)
         results.append(result)
-    progress.message(f"report: {write_report(results, run.report)}")
+    write_report(results, run.report)
     return results
 
 

@@ -1,7 +1,8 @@
-"""Files and directories that appear whole or not at all, whenever the process or the machine stops."""
+"""Files and directories that appear whole or not at all, whenever process or machine stops; and what a file hashes to."""
 
 from __future__ import annotations
 
+import hashlib
 import os
 import shutil
 import uuid
@@ -63,6 +64,15 @@ def write_file(path: str | os.PathLike[str], text: str) -> None:
         temporary.unlink(missing_ok=True)
         raise
     _sync(target.parent)
+
+
+def sha256_of(path: str | os.PathLike[str]) -> str:
+    """Hexadecimal sha256 of a file."""
+    digest = hashlib.sha256()
+    with open(path, "rb") as file:
+        while block := file.read(1 << 20):
+            digest.update(block)
+    return digest.hexdigest()
 
 
 def _sync(path: Path) -> None:

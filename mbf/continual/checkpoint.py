@@ -10,7 +10,6 @@
 
 from __future__ import annotations
 
-import hashlib
 import json
 from dataclasses import asdict
 from os import PathLike
@@ -22,7 +21,7 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
-from mbf.continual.atomic import recover_directory, whole_directory
+from mbf.continual.atomic import recover_directory, sha256_of, whole_directory
 from mbf.methods import Factors, available, get
 from mbf.peft import AdapterLayer, adapter_layers, save_adapter, sync_config
 
@@ -57,7 +56,7 @@ def save(learner: ContinualLora, directory: str | PathLike[str]) -> None:
             "adapter": learner.adapter,
             "history": [asdict(record) for record in learner.history],
             "layers": {layer.name: [*layer.A.shape, layer.B.shape[0], layer.scale] for layer in learner.layers},
-            "sha256": {name: _sha256(temporary / name) for name in (CONFIG, ADAPTER, STATE)},
+            "sha256": {name: sha256_of(temporary / name) for name in (CONFIG, ADAPTER, STATE)},
         }
         (temporary / HEADER).write_text(json.dumps(header, indent=1), encoding="utf-8")
 
@@ -119,7 +118,7 @@ def read_header(root: Path) -> dict[str, Any]:
     for name, digest in header["sha256"].items():
         if not (root / name).is_file():
             raise CheckpointError(f"{root}: {name} is missing; restore it from a copy")
-        if (found := _sha256(root / name)) != digest:
+        if (found := sha256_of(root / name)) != digest:
             raise CheckpointError(f"{root / name} is damaged: sha256 is {found[:12]}…, the header says {digest[:12]}…")
     return header
 
@@ -170,15 +169,3 @@ def _tensors(path: Path) -> dict[str, Tensor]:
         return load_file(path)
     except SafetensorError as error:
         raise CheckpointError(f"{path} is damaged ({error}); restore it from a copy") from None
-
-
-def _sha256(path: Path) -> str:
-    with path.open("rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest() if hasattr(hashlib, "file_digest") else _sha256_310(file)
-
-
-def _sha256_310(file: Any) -> str:
-    digest = hashlib.sha256()
-    while block := file.read(1 << 20):
-        digest.update(block)
-    return digest.hexdigest()

@@ -175,7 +175,7 @@ class ContinualLora:
     def continue_task(self, method_state: Mapping[str, Tensor], steps: int) -> None:
         """Put the task in progress where a checkpoint of its training was taken, right after ``begin_task``.
 
-        Restores what the learner and the method keep; the adapter, optimiser and random state are the loop's to restore.
+        Restores what learner and method keep; the adapter, optimiser and random state are the loop's to restore.
 
         Args:
             method_state: ``method.state_dict()`` at the checkpoint.

@@ -7,7 +7,6 @@ without a fitting manifest never was.
 
 from __future__ import annotations
 
-import hashlib
 import shutil
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -16,6 +15,7 @@ from pathlib import Path
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
+from mbf.continual.atomic import sha256_of
 from mbf.run.directory import read_json, write_json
 
 MANIFEST = "manifest.json"
@@ -61,4 +61,4 @@ def newest(directory: Path) -> TaskCheckpoint | None:
 def _hashes(path: Path) -> dict[str, str]:
     """sha256 by relative path of every file but the manifest and what an interrupted write of it left."""
     files = sorted(file for file in path.rglob("*") if file.is_file() and MANIFEST not in file.name)
-    return {str(file.relative_to(path)): hashlib.sha256(file.read_bytes()).hexdigest() for file in files}
+    return {str(file.relative_to(path)): sha256_of(file) for file in files}

@@ -1,0 +1,32 @@
+"""Benchmarks run side by side: threads as torch chooses, and ``--csv FILE`` to keep the figures with what they ran on."""
+
+from __future__ import annotations
+
+import csv
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from mbf.run.versions import versions
+
+
+def pytest_addoption(parser: pytest.Parser) -> None:
+    parser.addoption("--csv", metavar="FILE", help="write medians and quartiles, device, versions and commit to FILE")
+
+
+def pytest_benchmark_update_json(config: pytest.Config, benchmarks: Any, output_json: dict[str, Any]) -> None:
+    """Called once all benchmarks have run and the JSON is asked for."""
+    target = config.getoption("--csv")
+    if not target:
+        return
+    columns = ["group", "name", "median_us", "q1_us", "q3_us", "rounds"]
+    facts = {**versions(), "cpu": output_json["machine_info"]["cpu"].get("brand_raw", "unknown")}
+    with Path(target).open("w", newline="", encoding="utf-8") as file:
+        file.writelines(f"# {name}: {value}\n" for name, value in facts.items())
+        rows = csv.writer(file)
+        rows.writerow(columns)
+        for one in output_json["benchmarks"]:
+            stats = one["stats"]
+            times = [f"{1e6 * stats[key]:.1f}" for key in ("median", "q1", "q3")]
+            rows.writerow([one["group"], one["params"]["variant"], *times, stats["rounds"]])

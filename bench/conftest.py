@@ -1,4 +1,4 @@
-"""Benchmarks run side by side: threads as torch chooses, and ``--csv FILE`` to keep the figures with what they ran on."""
+"""Benchmarks run side by side; ``--csv FILE`` keeps the figures with the device and versions that made them."""
 
 from __future__ import annotations
 

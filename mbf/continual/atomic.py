@@ -1,4 +1,4 @@
-"""Files and directories that appear whole or not at all, whenever process or machine stops; and what a file hashes to."""
+"""Files and directories that appear whole or not at all, whenever the machine stops; and what a file hashes to."""
 
 from __future__ import annotations
 

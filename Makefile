@@ -43,7 +43,7 @@ lint: $(done)/dev ## ruff, mypy and clang-format
 # The wheel is proved from its own files: installed alone into an empty folder, imported from elsewhere, one operator run.
 wheel: $(done)/dev ## build dist/*.whl, install it into an empty folder and run an operator from there
 	rm -rf dist build/lib* build/bdist* build/wheel-check
-	$(bin)/python -m build --wheel --no-isolation
+	MBF_BUILD_CPU=1 $(bin)/python -m build --wheel --no-isolation
 	$(pip) install --quiet --no-deps --target build/wheel-check dist/*.whl
 	cd build/wheel-check && $(abspath $(bin))/python -c 'import pathlib, torch, mbf, mbf.kernels; \
 		assert pathlib.Path(mbf.__file__).parent.parent == pathlib.Path.cwd(), mbf.__file__; \

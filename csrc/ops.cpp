@@ -4,4 +4,7 @@
 
 #include "cpu/kernels.h"
 
-STABLE_TORCH_LIBRARY_IMPL(mbf, CPU, m) { m.impl("merge_", TORCH_BOX(&mbf::cpu::merge_)); }
+STABLE_TORCH_LIBRARY_IMPL(mbf, CPU, m) {
+  m.impl("dropout_mask", TORCH_BOX(&mbf::cpu::dropout_mask));
+  m.impl("merge_", TORCH_BOX(&mbf::cpu::merge_));
+}

@@ -18,7 +18,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from mbf.ops._library import define
+from mbf.ops._library import define, reference_only
 
 MULTIPLIERS = (0xD2511F53, 0xCD9E8D57)
 KEY_STEPS = (0x9E3779B9, 0xBB67AE85)
@@ -92,7 +92,7 @@ def dropout_mask(seed: int | Tensor, shape: Sequence[int], p: float) -> Tensor:
         ValueError: p out of range, or a seed that is neither a 64-bit integer nor a 0-d int64 tensor.
     """
     check_p(p)
-    return torch.ops.mbf.dropout_mask.default(seed_tensor(seed, "cpu"), list(shape), p)
+    return _mask(seed_tensor(seed, "cpu"), shape, p)
 
 
 def keep_mask(shape: Sequence[int], p: float, seed: int | Tensor | None, device: torch.device) -> Tensor | None:
@@ -101,7 +101,11 @@ def keep_mask(shape: Sequence[int], p: float, seed: int | Tensor | None, device:
         return None
     if seed is None:
         raise ValueError(f"dropout with p = {p} needs a seed: an int, or what draw_seed(device) gives")
-    return torch.ops.mbf.dropout_mask.default(seed_tensor(seed, device), shape, p)
+    return _mask(seed_tensor(seed, device), shape, p)
+
+
+def _mask(seed: Tensor, shape: Sequence[int], p: float) -> Tensor:
+    return dropout_mask_ref(seed, shape, p) if reference_only() else torch.ops.mbf.dropout_mask.default(seed, shape, p)
 
 
 def drop(x: Tensor, keep: Tensor | None, p: float) -> Tensor:

@@ -1,6 +1,11 @@
 from __future__ import annotations
 
+import itertools
 import math
+import os
+import subprocess
+import sys
+from pathlib import Path
 
 import pytest
 import torch
@@ -10,6 +15,8 @@ from hypothesis import strategies as st
 from mbf import ops
 from mbf.ops import philox
 from mbf.ops.philox import counters, dropout, philox_4x32
+
+native = pytest.mark.skipif(not ops.native_status().loaded, reason=f"mbf._C: {ops.native_status().reason}")
 
 # Random123's published vectors for philox4x32, 10 rounds: counter, key, words.
 KNOWN = [
@@ -56,7 +63,47 @@ def test_mask_does_not_depend_on_shape_or_on_the_blocks_of_the_computation(monke
     assert whole.shape == (7, 11, 13) and whole.dtype == torch.bool
     assert torch.equal(ops.dropout_mask(torch.tensor(3), (1001,), 0.4), whole.flatten())
     monkeypatch.setattr(philox, "_BLOCKS_AT_ONCE", 5)
-    assert torch.equal(ops.dropout_mask(3, (7, 11, 13), 0.4), whole)
+    with ops.use_backend("reference"):
+        assert torch.equal(ops.dropout_mask(3, (7, 11, 13), 0.4), whole)
+
+
+@native
+def test_the_native_kernel_serves_the_cpu() -> None:
+    assert torch._C._dispatch_has_kernel_for_dispatch_key("mbf::dropout_mask", "CPU")
+
+
+SHAPES = [(0,), (1,), (3, 5), (31,), (32,), (7, 11, 13), (64, 577), (200_003,)]
+
+
+def masks(shape: tuple[int, ...]) -> torch.Tensor:
+    cases = itertools.product((0, -1, 2**62 + 12345), (0.0, 0.1, 0.5, 0.999, 1 - 1e-12))
+    return torch.stack([ops.dropout_mask(seed, shape, p) for seed, p in cases])
+
+
+@native
+@pytest.mark.parametrize("threads", [1, 2, 3])
+@pytest.mark.parametrize("shape", SHAPES, ids=str)
+def test_native_and_reference_masks_are_equal(shape: tuple[int, ...], threads: int) -> None:
+    torch.set_num_threads(threads)
+    found = masks(shape)
+    with ops.use_backend("reference"):
+        assert torch.equal(found, masks(shape))
+
+
+@native
+def test_the_mask_is_the_same_without_vector_instructions(tmp_path: Path) -> None:
+    script = (
+        "import sys, torch; from tests.ops.test_philox import *; torch.save([masks(s) for s in SHAPES], sys.argv[1])"
+    )
+    subprocess.run(
+        [sys.executable, "-c", script, str(tmp_path / "masks.pt")],
+        env={**os.environ, "ATEN_CPU_CAPABILITY": "default"},
+        cwd=Path(__file__).parents[2],
+        check=True,
+        timeout=300,
+    )
+    for found, shape in zip(torch.load(tmp_path / "masks.pt"), SHAPES, strict=True):
+        assert torch.equal(found, masks(shape))
 
 
 def test_counter_is_64_bits_wide() -> None:

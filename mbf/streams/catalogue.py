@@ -200,11 +200,11 @@ TASKS: dict[str, PackagedTask] = {
 
 STREAMS: dict[str, PackagedStream] = {
     "quickstart": PackagedStream(
-        "three tasks of short texts, small downloads, minutes on two cores",
+        "news, forum posts, films: minutes on two cores, and what is not protected is forgotten",
         (
-            ("bbc_news", "tweet_sentiment", "icd10_chapter"),
-            ("icd10_chapter", "bbc_news", "tweet_sentiment"),
-            ("tweet_sentiment", "icd10_chapter", "bbc_news"),
+            ("bbc_news", "newsgroups", "rotten_tomatoes"),
+            ("rotten_tomatoes", "bbc_news", "newsgroups"),
+            ("newsgroups", "rotten_tomatoes", "bbc_news"),
         ),
         train_rows=160,
         test_rows=60,

@@ -59,7 +59,8 @@ def heat_map(result: RunResult) -> Figure:
         if not matrix.joint:
             axes.add_patch(_outline(i + offset, i))
     axes.set_yticks([i + 0.5 for i in range(count)], [f"{name}  {n}" for n, name in enumerate(names, 1)], fontsize=8.5)
-    heads = [f"{n}\n{name}" if count <= 5 and len(name) <= 9 else str(n) for n, name in enumerate(names, 1)]
+    named = count <= 5 and all(len(name) <= 9 for name in names)  # the rows say the names in any case
+    heads = [f"{n}\n{name}" if named else str(n) for n, name in enumerate(names, 1)]
     axes.set_xticks([t + 0.5 for t in range(count + offset)], ["zero-\nshot"] * offset + heads, fontsize=8.5)
     axes.set_xlabel("after learning task", fontsize=9, color=_FAINT)
     axes.tick_params(length=0, colors=_INK)

@@ -17,6 +17,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
+from peft import PeftModel
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
@@ -124,8 +125,6 @@ def read_header(root: Path) -> dict[str, Any]:
 
 
 def _with_adapter(model: nn.Module, root: Path, adapter: str) -> nn.Module:
-    from peft import PeftModel
-
     if isinstance(model, PeftModel):
         model.load_adapter(str(root), adapter, is_trainable=True)
         model.set_adapter(adapter)

@@ -9,6 +9,7 @@ from typing import Any
 
 import torch
 from peft import LoraConfig, PeftConfig
+from peft.utils.other import get_pattern_key
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
@@ -114,8 +115,6 @@ def _layers(path: Path, config: LoraConfig) -> list[_StoredLayer]:
 
 def _scale(config: LoraConfig, name: str, r: int) -> float:
     """s of a layer by PEFT's rule: lora_alpha (or its pattern) over r, or over √r for rslora."""
-    from peft.utils.other import get_pattern_key
-
     module = name.removeprefix(_PREFIX)
     alpha_pattern: dict[str, float] = config.alpha_pattern or {}
     key = get_pattern_key(list(alpha_pattern), module)

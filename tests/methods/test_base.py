@@ -1,6 +1,7 @@
 """The registry and what every method must declare."""
 
 import pytest
+import torch
 
 from mbf import methods
 from mbf.methods import Method, MethodInfo, Options
@@ -26,12 +27,10 @@ def test_state_dict_round_trip_gives_the_same_next_start(name):
     twin = method(name)
     twin.write(rule.current)
     twin.load_state_dict(rule.state_dict())
-    import torch
-
     torch.manual_seed(11)
-    a = learn(rule, 3, finetuned := None)[0]
+    a = learn(rule, 3)[0]
     torch.manual_seed(11)
-    b = learn(twin, 3, finetuned)[0]
+    b = learn(twin, 3)[0]
     assert_same(a.A, b.A)
     assert_same(a.B, b.B)
     assert_same(rule.current.B, twin.current.B)

@@ -16,7 +16,13 @@ from pathlib import Path
 from setuptools import Extension, find_packages, setup
 
 ROOT = Path(__file__).parent
-WARNINGS = ("-Wall", "-Wextra", "-Wno-unused-parameter")  # torch's own headers have unused parameters
+WARNINGS = (
+    "-Wall",
+    "-Wextra",
+    "-Wno-unused-parameter",  # torch's own headers have them
+    "-Wno-maybe-uninitialized",  # GCC 12 warns of every std::optional
+    "-Wno-psabi",  # vectors are passed between inlined functions only
+)
 TORCH_TARGET_VERSION = "0x020a000000000000"  # 2.10.0, in the layout of torch/headeronly/version.h
 
 

@@ -4,13 +4,57 @@
 #include <torch/csrc/stable/tensor.h>
 
 #include <cstdint>
+#include <optional>
+#include <string>
+#include <tuple>
 #include <vector>
 
 namespace mbf::cpu {
 
-torch::stable::Tensor dropout_mask(torch::stable::Tensor seed, std::vector<int64_t> shape, double p);
+using torch::stable::Tensor;
+using MaybeTensor = std::optional<Tensor>;
+using Tensors = std::vector<Tensor>;
+using MaybeTensors = std::vector<MaybeTensor>;
 
-void merge_(std::vector<torch::stable::Tensor> merged, std::vector<torch::stable::Tensor> finetuned,
-            torch::stable::Tensor weight);
+Tensor dropout_mask(Tensor seed, std::vector<int64_t> shape, double p);
+
+void merge_(Tensors merged, Tensors finetuned,
+            Tensor weight);
+
+std::tuple<Tensor, Tensor> lora_linear(Tensor x, Tensor weight, MaybeTensor bias, Tensor A, Tensor B, double scale,
+                                       MaybeTensor gate, MaybeTensor mix, double dropout_p, MaybeTensor seed,
+                                       MaybeTensor merged_B, MaybeTensor merge_weight);
+
+std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> lora_linear_backward(
+    Tensor dy, Tensor h, MaybeTensor x, Tensor weight, Tensor A, Tensor B, double scale, MaybeTensor gate,
+    MaybeTensor mix, double dropout_p, MaybeTensor seed, MaybeTensor merged_B, MaybeTensor merge_weight,
+    std::vector<bool> needs);
+
+std::tuple<Tensor, Tensor> lora_accumulate(Tensor y, Tensor x, Tensor A, Tensor B, double scale, MaybeTensor gate,
+                                           MaybeTensor mix, double dropout_p, MaybeTensor seed, MaybeTensor merged_B,
+                                           MaybeTensor merge_weight);
+
+std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> lora_accumulate_backward(
+    Tensor dy, Tensor h, MaybeTensor x, Tensor A, Tensor B, double scale, MaybeTensor gate, MaybeTensor mix,
+    double dropout_p, MaybeTensor seed, MaybeTensor merged_B, MaybeTensor merge_weight, std::vector<bool> needs);
+
+Tensors lora_group(Tensor x, Tensors weights, MaybeTensors biases, Tensors A, Tensors B, std::vector<double> scales,
+                   MaybeTensors gates, MaybeTensors mixes, std::vector<double> dropout_ps, MaybeTensors seeds,
+                   MaybeTensors merged_Bs, MaybeTensors merge_weights);
+
+Tensors lora_group_backward(MaybeTensors dys, Tensors hs, MaybeTensor x, Tensors weights, Tensors A, Tensors B,
+                            std::vector<double> scales, MaybeTensors gates, MaybeTensors mixes,
+                            std::vector<double> dropout_ps, MaybeTensors seeds, MaybeTensors merged_Bs,
+                            MaybeTensors merge_weights, std::vector<bool> needs);
+
+Tensors lora_mlp(Tensor x, Tensors weights, MaybeTensors biases, Tensors A, Tensors B, std::vector<double> scales,
+                 MaybeTensors gates, MaybeTensors mixes, std::vector<double> dropout_ps, MaybeTensors seeds,
+                 MaybeTensors merged_Bs, MaybeTensors merge_weights, std::string activation, bool recompute);
+
+Tensors lora_mlp_backward(Tensor dy, Tensor x, MaybeTensor g, MaybeTensor u, Tensors hs, Tensors weights,
+                          MaybeTensors biases, Tensors A, Tensors B, std::vector<double> scales, MaybeTensors gates,
+                          MaybeTensors mixes, std::vector<double> dropout_ps, MaybeTensors seeds,
+                          MaybeTensors merged_Bs, MaybeTensors merge_weights, std::string activation,
+                          std::vector<bool> needs);
 
 }  // namespace mbf::cpu

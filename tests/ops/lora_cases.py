@@ -74,3 +74,23 @@ def assert_accurate(got: dict[str, Tensor], torch_: dict[str, Tensor], exact: di
         error, allowed = ((value[name].double() - truth).norm() / size for value in (got, torch_))
         slack = 1e-6 + (torch.finfo(got[name].dtype).eps if truth.numel() < 64 else 0.0)
         assert error <= 2 * allowed + slack, f"{name}: {error:.3g}, torch {allowed:.3g}"
+
+
+def check_error_rule(function: Any, reference: Any, case: dict[str, Any], **terms: Any) -> None:
+    """The rule for y and every gradient; a scalar's is judged over several dy, as one alone may cancel to nothing."""
+    exact_case = tracked(case, torch.float64)
+    y = reference(**exact_case, **terms)
+    scalars: list[tuple[dict[str, Tensor], ...]] = []
+    for _ in range(6):
+        dy = torch.randn(y.shape, dtype=torch.float64).to(case.get("y", case["x"]).dtype)
+        exact = gradients(reference, exact_case, dy, **terms)
+        results = (
+            gradients(function, tracked(case), dy, **terms),
+            gradients(reference, tracked(case), dy, **terms),
+            exact,
+        )
+        if not scalars:
+            assert_accurate(*({n: v for n, v in found.items() if exact[n].dim()} for found in results))
+        scalars.append(tuple({n: v for n, v in found.items() if not exact[n].dim()} for found in results))
+    for name in scalars[0][-1]:
+        assert_accurate(*({name: torch.stack([one[name] for one in found])} for found in zip(*scalars, strict=True)))

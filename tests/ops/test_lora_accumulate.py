@@ -8,7 +8,7 @@ from torch import Tensor
 
 from mbf import ops
 from mbf.ops import lora_accumulate, lora_accumulate_ref, lora_linear
-from tests.ops.lora_cases import FORMS, SEED, assert_accurate, gradients, operands, tracked
+from tests.ops.lora_cases import FORMS, SEED, assert_accurate, check_error_rule, gradients, operands, tracked
 
 DTYPES = {  # of y, of x, of the branch
     "fp32": (torch.float32, torch.float32, torch.float32),
@@ -32,11 +32,7 @@ def accumulating(form: str, lead: tuple[int, ...], d_in: int, d_out: int, r: int
 @pytest.mark.parametrize("dtypes", DTYPES)
 def test_error_rule(dtypes: str, form: str) -> None:
     case = accumulating(form, (2, 9), 63, 40, 12, *DTYPES[dtypes])
-    terms = {"scale": 1.7, "dropout_p": 0.3, "seed": SEED}
-    dy = torch.randn(2, 9, 40, dtype=torch.float64).to(case["y"].dtype)
-    exact = gradients(lora_accumulate_ref, tracked(case, torch.float64), dy, **terms)
-    torch_ = gradients(lora_accumulate_ref, tracked(case), dy, **terms)
-    assert_accurate(gradients(lora_accumulate, tracked(case), dy, **terms), torch_, exact)
+    check_error_rule(lora_accumulate, lora_accumulate_ref, case, scale=1.7, dropout_p=0.3, seed=SEED)
 
 
 @pytest.mark.parametrize("form", FORMS)

@@ -9,7 +9,7 @@ from torch.nn import functional as F
 
 from mbf import ops
 from mbf.ops import lora_linear, lora_linear_ref
-from tests.ops.lora_cases import FORMS, SEED, assert_accurate, gradients, operands, tracked
+from tests.ops.lora_cases import FORMS, SEED, assert_accurate, check_error_rule, gradients, operands, tracked
 
 DTYPES = {
     "fp32": (torch.float32, torch.float32),
@@ -21,24 +21,23 @@ DTYPES = {
 SHAPES = [((1,), 63, 500, 3), ((7,), 500, 63, 12), ((431,), 63, 63, 1), ((3, 5), 64, 48, 8)]
 
 
-def compare_with_fp64(case: dict[str, Any], **terms: Any) -> None:
-    exact_case = tracked(case, torch.float64)
-    dy = torch.randn(lora_linear_ref(**exact_case, **terms).shape, dtype=torch.float64).to(case["x"].dtype)
-    exact = gradients(lora_linear_ref, exact_case, dy, **terms)
-    torch_ = gradients(lora_linear_ref, tracked(case), dy, **terms)
-    assert_accurate(gradients(lora_linear, tracked(case), dy, **terms), torch_, exact)
-
-
 @pytest.mark.parametrize("form", FORMS)
 @pytest.mark.parametrize("dtypes", DTYPES)
 def test_error_rule(dtypes: str, form: str) -> None:
-    compare_with_fp64(operands(form, (2, 9), 63, 40, 12, *DTYPES[dtypes]), scale=1.7, dropout_p=0.3, seed=SEED)
+    check_error_rule(
+        lora_linear,
+        lora_linear_ref,
+        operands(form, (2, 9), 63, 40, 12, *DTYPES[dtypes]),
+        scale=1.7,
+        dropout_p=0.3,
+        seed=SEED,
+    )
 
 
 @pytest.mark.parametrize("shape", SHAPES, ids=str)
 @pytest.mark.parametrize("dtypes", DTYPES)
 def test_error_rule_at_odd_shapes(dtypes: str, shape: tuple) -> None:
-    compare_with_fp64(operands("everything", *shape, *DTYPES[dtypes]), scale=0.5)
+    check_error_rule(lora_linear, lora_linear_ref, operands("everything", *shape, *DTYPES[dtypes]), scale=0.5)
 
 
 @pytest.mark.parametrize("dropout_p", [0.0, 0.4])

@@ -14,7 +14,7 @@ from hypothesis import strategies as st
 
 from mbf import ops
 from mbf.ops import philox
-from mbf.ops.philox import counters, dropout, philox_4x32
+from mbf.ops.philox import counters, dropout, keep_scale, philox_4x32
 
 native = pytest.mark.skipif(not ops.native_status().loaded, reason=f"mbf._C: {ops.native_status().reason}")
 
@@ -50,12 +50,25 @@ def test_published_vectors(counter: str, key: str, expected: str) -> None:
     assert scalar_philox(words(counter), words(key)) == words(expected)
 
 
+def scalar_half_word(seed: int, i: int) -> int:
+    """What the mask's element ``i`` is decided by, as documented."""
+    block = scalar_philox([i // 8, 0, 0, 0], [seed & 0xFFFFFFFF, (seed >> 32) & 0xFFFFFFFF])
+    return block[i % 8 // 2] >> (16 * (i % 2)) & 0xFFFF
+
+
 @settings(max_examples=25, deadline=None)
-@given(seed=st.integers(-(2**63), 2**63 - 1), size=st.integers(0, 40), p=st.floats(0.0, 0.999))
+@given(seed=st.integers(-(2**63), 2**63 - 1), size=st.integers(0, 70), p=st.floats(0.0, 0.999))
 def test_mask_is_the_documented_function_of_seed_and_index(seed: int, size: int, p: float) -> None:
-    key = [seed & 0xFFFFFFFF, (seed >> 32) & 0xFFFFFFFF]
-    kept = [scalar_philox([i // 4, 0, 0, 0], key)[i % 4] >= round(p * 2**32) for i in range(size)]
+    kept = [scalar_half_word(seed, i) >= round(p * 2**16) for i in range(size)]
     assert ops.dropout_mask(seed, (size,), p).tolist() == kept
+
+
+@pytest.mark.parametrize("offset", [0.0, 0.25, 0.5, 0.75, 1.0])
+def test_the_threshold_is_rounded_half_to_even_and_itself_kept(offset: float) -> None:
+    half_words = torch.tensor([scalar_half_word(11, i) for i in range(200)])
+    for least in half_words[:50].tolist():
+        p = (least - 1 + offset) / 2**16
+        assert torch.equal(ops.dropout_mask(11, (200,), p), half_words >= round(p * 2**16))
 
 
 def test_mask_does_not_depend_on_shape_or_on_the_blocks_of_the_computation(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -76,7 +89,7 @@ SHAPES = [(0,), (1,), (3, 5), (31,), (32,), (7, 11, 13), (64, 577), (200_003,)]
 
 
 def masks(shape: tuple[int, ...]) -> torch.Tensor:
-    cases = itertools.product((0, -1, 2**62 + 12345), (0.0, 0.1, 0.5, 0.999, 1 - 1e-12))
+    cases = itertools.product((0, -1, 2**62 + 12345), (0.0, 2**-17, 0.1, 0.5, 0.999, 1 - 2**-16))
     return torch.stack([ops.dropout_mask(seed, shape, p) for seed, p in cases])
 
 
@@ -110,6 +123,9 @@ def test_counter_is_64_bits_wide() -> None:
     low, high, *rest = counters(2**32 - 1, 2, torch.device("cpu"))
     assert low.tolist() == [2**32 - 1, 0] and high.tolist() == [0, 1]
     assert [word.tolist() for word in rest] == [[0, 0], [0, 0]]
+    words = philox_4x32(counters(2**32 - 1, 2, torch.device("cpu")), (torch.tensor(5), torch.tensor(6)))
+    expected = scalar_philox([2**32 - 1, 0, 0, 0], [5, 6]), scalar_philox([0, 1, 0, 0], [5, 6])
+    assert torch.stack(words, 1).tolist() == [*expected]
 
 
 @pytest.mark.parametrize("p", [0.05, 0.1, 0.5, 0.9])
@@ -118,27 +134,37 @@ def test_mask_statistics(p: float) -> None:
     masks = torch.stack([ops.dropout_mask(seed, (n,), p) for seed in (1, 2)]).double()
     five_sigma = 5 * math.sqrt(p * (1 - p) / n)
     assert ((masks.mean(1) - (1 - p)).abs() < five_sigma).all()
-    for lanes in masks[0].view(-1, 4).T:
-        assert abs(lanes.mean() - (1 - p)) < 2 * five_sigma
+    for lanes in masks[0].view(-1, 8).T:
+        assert abs(lanes.mean() - (1 - p)) < math.sqrt(8) * five_sigma
     centred = masks - (1 - p)
     bound = 5 * p * (1 - p) / math.sqrt(n)
     assert abs((centred[0] * centred[1]).mean()) < bound, "two seeds"
-    for lag in (1, 2, 4, 64):
+    for lag in (1, 2, 4, 8, 64):
         assert abs((centred[0, lag:] * centred[0, :-lag]).mean()) < bound, f"lag {lag}"
 
 
 def test_extreme_probabilities() -> None:
     assert ops.dropout_mask(1, (100,), 0.0).all()
-    assert not ops.dropout_mask(1, (100,), math.nextafter(1.0, 0.0)).any()
+    assert ops.dropout_mask(1, (100_000,), 2**-17).all(), "rounds to 0"
+    most = math.nextafter(1 - 2**-17, 0.0)  # rounds to 1 - 2**-16
+    kept = ops.dropout_mask(1, (2**20,), most)
+    assert 0 < kept.sum() < 50
+    assert torch.equal(kept, ops.dropout_mask(1, (2**20,), 1 - 2**-16))
+
+
+def test_what_is_kept_is_scaled_by_the_probability_that_is_used() -> None:
+    assert (keep_scale(0.0), keep_scale(2**-17), keep_scale(0.25), keep_scale(0.5)) == (1.0, 1.0, 4 / 3, 2.0)
+    assert keep_scale(0.1) == 65536 / (65536 - 6554)
+    assert keep_scale(1 - 2**-16) == 65536.0
 
 
 def test_dropout_rescales_what_it_keeps_and_passes_gradients_through_it() -> None:
     x = torch.randn(5, 7, dtype=torch.float64, requires_grad=True)
-    keep = ops.dropout_mask(9, x.shape, 0.25)
-    y = dropout(x, 0.25, 9)
-    assert torch.equal(y, torch.where(keep, x * (1 / 0.75), 0.0))
+    keep = ops.dropout_mask(9, x.shape, 0.3)
+    y = dropout(x, 0.3, 9)
+    assert torch.equal(y, torch.where(keep, x * keep_scale(0.3), 0.0))
     (dx,) = torch.autograd.grad(y.sum(), x)
-    torch.testing.assert_close(dx, keep.double() / 0.75)
+    torch.testing.assert_close(dx, keep.double() * keep_scale(0.3))
 
 
 def test_seeds_come_from_the_default_generator() -> None:
@@ -152,7 +178,8 @@ def test_seeds_come_from_the_default_generator() -> None:
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        ((1, (3,), 1.0), r"dropout_p is 1\.0; it must lie in \[0, 1\)"),
+        ((1, (3,), 1.0), r"dropout_p is 1\.0; it must lie in \[0, 1 - 2\*\*-17\)"),
+        ((1, (3,), 1 - 2**-17), r"dropout_p is 0\.99999"),
         ((1, (3,), -0.1), r"dropout_p is -0\.1"),
         ((1, (3,), math.nan), r"dropout_p is nan"),
         ((2**63, (3,), 0.5), r"seed is 9223372036854775808, which has more than 64 bits"),
@@ -163,6 +190,13 @@ def test_seeds_come_from_the_default_generator() -> None:
 def test_errors(arguments: tuple, message: str) -> None:
     with pytest.raises(ValueError, match=message):
         ops.dropout_mask(*arguments)
+
+
+@native
+def test_the_native_kernel_refuses_what_the_face_does() -> None:
+    for p in (1.0, 1 - 2**-17, -0.1, math.nan):
+        with pytest.raises(RuntimeError, match="it must lie in"):
+            torch.ops.mbf.dropout_mask.default(torch.tensor(1), [3], p)
 
 
 def test_opcheck() -> None:

@@ -1,0 +1,87 @@
+// The inner loops of the low-rank branch, one table of functions an instruction set, chosen at run time.
+//
+// All matrices are row-major with a leading dimension in elements. C is the type of the arithmetic and of what is
+// packed, scratch or gradient (fp32, or fp64 where an operand is fp64); activations are read and written in their own
+// type. The order in which a sum is taken depends on the shapes and the instruction set only.
+#pragma once
+
+#include <torch/headeronly/core/ScalarType.h>
+
+#include <cstdint>
+
+namespace mbf::cpu {
+
+// An activation matrix where it lies: fp32, bf16 or fp16 for C = float, fp64 for C = double.
+struct Rows {
+  void* data;
+  torch::headeronly::ScalarType type;
+  int64_t ld;
+
+  Rows at(int64_t row) const;
+};
+
+// Which elements dropout keeps, as bits: element (t, i) is bit `first + t * ld + i` of the stream. The stream must be
+// readable for eight bytes beyond its last bit. No stream: everything is kept.
+struct Mask {
+  const uint8_t* bits = nullptr;
+  int64_t first = 0;
+  int64_t ld = 0;
+};
+
+template <typename C>
+struct Micro {
+  int64_t lanes;  // packed rows are zero-padded to a multiple of it
+
+  // h[t, j] = Σ_i keep(t, i) x[t, i] a[j, i]  for t < rows, j < r; a's rows are padded.
+  void (*project)(Rows x, int64_t rows, int64_t columns, const C* a, int64_t lda, int64_t r, Mask mask, C* h);
+
+  // y[t, :] (+)= keep(t, :) ⊙ Σ_j z[t, j] e[j, :]; e's rows are padded. `add` false overwrites y.
+  void (*expand)(Rows y, int64_t rows, int64_t columns, const C* z, int64_t r, const C* e, int64_t lde, Mask mask,
+                 bool add);
+
+  // g[j, :] (+)= Σ_t z[t, j] keep(t, :) ⊙ x[t, :]. `add` false overwrites g.
+  void (*outer)(Rows x, int64_t rows, int64_t columns, const C* z, int64_t r, Mask mask, C* g, int64_t ldg, bool add);
+
+  // The bits of `blocks` blocks of eight elements from block `first` of Philox on; see mbf/ops/philox.py.
+  void (*mask_bits)(uint64_t seed, uint32_t threshold, uint64_t first, int64_t blocks, uint8_t* bits);
+
+  // n contiguous elements to C and back.
+  void (*widen)(const void* from, torch::headeronly::ScalarType type, int64_t n, C* to);
+  void (*narrow)(const C* from, int64_t n, void* to, torch::headeronly::ScalarType type);
+
+  // Gated activations of an MLP, n contiguous elements of C: out = act(g) u; and from da: g ← dg, u ← du, both in place,
+  // with out = act(g) u as before.
+  void (*gated)(const C* g, const C* u, int64_t n, bool gelu, C* out);
+  void (*gated_backward)(const C* da, C* g, C* u, int64_t n, bool gelu, C* out);
+};
+
+namespace baseline {
+template <typename C>
+const Micro<C>& micro();
+}
+namespace avx2 {
+template <typename C>
+const Micro<C>& micro();
+}
+namespace avx512 {
+template <typename C>
+const Micro<C>& micro();
+}
+
+// The best table for this machine. ATEN_CPU_CAPABILITY=default or avx2 lowers it, as it does torch's own kernels.
+template <typename C>
+const Micro<C>& micro();
+
+// Whether the processor multiplies matrices of this half type itself (AVX512-BF16 or AMX; AVX512-FP16 or AMX).
+bool multiplies_natively(torch::headeronly::ScalarType type);
+
+inline int64_t element_size(torch::headeronly::ScalarType type) {
+  using torch::headeronly::ScalarType;
+  return type == ScalarType::Double ? 8 : type == ScalarType::Float ? 4 : 2;
+}
+
+inline Rows Rows::at(int64_t row) const {
+  return {static_cast<char*>(data) + row * ld * element_size(type), type, ld};
+}
+
+}  // namespace mbf::cpu

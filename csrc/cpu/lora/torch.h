@@ -1,0 +1,91 @@
+// What the kernels of the low-rank layers ask of torch: a few operators through its dispatcher, and scratch memory.
+#pragma once
+
+#include <torch/csrc/inductor/aoti_torch/generated/c_shim_cpu.h>
+#include <torch/csrc/stable/ops.h>
+#include <torch/csrc/stable/tensor.h>
+#include <torch/headeronly/util/Exception.h>
+
+#include <cstdint>
+#include <cstdlib>
+#include <initializer_list>
+#include <new>
+#include <optional>
+#include <utility>
+#include <vector>
+
+namespace mbf::cpu {
+
+using torch::headeronly::ScalarType;
+using torch::stable::Tensor;
+using MaybeTensor = std::optional<Tensor>;
+
+// out = left right; out's rows may have any stride.
+inline void mm_out(const Tensor& out, const Tensor& left, const Tensor& right) {
+  STABLE_TORCH_ERROR_CODE_CHECK(aoti_torch_cpu_mm_out(out.get(), left.get(), right.get()));
+}
+
+// out = addend + left right; out may be the addend itself.
+inline void addmm_out(const Tensor& out, const Tensor& addend, const Tensor& left, const Tensor& right) {
+  STABLE_TORCH_ERROR_CODE_CHECK(
+      aoti_torch_cpu_addmm_out(out.get(), addend.get(), left.get(), right.get(), 1.0, 1.0));
+}
+
+inline Tensor transposed(const Tensor& matrix) { return torch::stable::transpose(matrix, 0, 1); }
+
+inline Tensor empty(const Tensor& like, std::initializer_list<int64_t> shape, ScalarType type) {
+  return torch::stable::new_empty(like, shape, type);
+}
+
+inline std::vector<int64_t> shape_of(const Tensor& tensor) {
+  const auto sizes = tensor.sizes();
+  return {sizes.begin(), sizes.end()};
+}
+
+// [..., columns] as the contiguous matrix [rows, columns].
+inline Tensor rows_of(const Tensor& tensor) {
+  const Tensor packed = tensor.is_contiguous() ? tensor : torch::stable::contiguous(tensor);
+  if (packed.dim() == 2) return packed;
+  const int64_t columns = packed.size(packed.dim() - 1);
+  int64_t rows = 1;
+  for (int64_t axis = 0; axis + 1 < packed.dim(); ++axis) rows *= packed.size(axis);
+  return torch::stable::view(packed, {rows, columns});
+}
+
+// [rows, columns] as [*lead of like, columns].
+inline Tensor shaped_as(const Tensor& matrix, const Tensor& like) {
+  if (like.dim() == 2) return matrix;
+  std::vector<int64_t> shape = shape_of(like);
+  shape.back() = matrix.size(1);
+  return torch::stable::view(matrix, shape);
+}
+
+// Uninitialised memory on a cache line's boundary.
+template <typename T>
+class Scratch {
+ public:
+  Scratch() = default;
+  explicit Scratch(int64_t size) {
+    if (size > 0) {
+      const size_t bytes = (static_cast<size_t>(size) * sizeof(T) + 63) / 64 * 64;
+      data_ = static_cast<T*>(std::aligned_alloc(64, bytes));
+      if (data_ == nullptr) throw std::bad_alloc();
+    }
+  }
+  ~Scratch() { std::free(data_); }
+  Scratch(Scratch&& other) noexcept : data_(other.data_) { other.data_ = nullptr; }
+  Scratch& operator=(Scratch&& other) noexcept {
+    std::swap(data_, other.data_);
+    return *this;
+  }
+  Scratch(const Scratch&) = delete;
+  Scratch& operator=(const Scratch&) = delete;
+
+  T* get() const { return data_; }
+  T& operator[](int64_t n) const { return data_[n]; }
+
+ private:
+  T* data_ = nullptr;
+};
+
+}  // namespace mbf::cpu

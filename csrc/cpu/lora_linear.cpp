@@ -1,0 +1,45 @@
+// lora_linear and its backward: one layer of lora/layers.h, whose base may be trained, too.
+
+#include "kernels.h"
+#include "lora/layers.h"
+#include "lora/results.h"
+
+namespace mbf::cpu {
+namespace {
+
+// leftᵀ right, in fp32 where the processor does not multiply the type.
+Tensor product_of_rows(const Tensor& left, const Tensor& right) {
+  const ScalarType type = left.scalar_type();
+  if (type != ScalarType::Float && type != ScalarType::Double && !multiplies_natively(type)) {
+    const Tensor wide = product_of_rows(torch::stable::to(left, ScalarType::Float), torch::stable::to(right, ScalarType::Float));
+    return torch::stable::to(wide, type);
+  }
+  const Tensor out = empty(left, {left.size(1), right.size(1)}, type);
+  mm_out(out, transposed(left), right);
+  return out;
+}
+
+}  // namespace
+
+std::tuple<Tensor, Tensor> lora_linear(Tensor x, Tensor weight, MaybeTensor bias, Tensor A, Tensor B, double scale,
+                                       MaybeTensor gate, MaybeTensor mix, double dropout_p, MaybeTensor seed,
+                                       MaybeTensor merged_B, MaybeTensor merge_weight) {
+  const LayerOutputs out =
+      forward(x, {{weight, bias, {A, B, scale, gate, mix, dropout_p, seed, merged_B, merge_weight}}});
+  return {out.ys[0], out.hs[0]};
+}
+
+std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> lora_linear_backward(
+    Tensor dy, Tensor h, MaybeTensor x, Tensor weight, Tensor A, Tensor B, double scale, MaybeTensor gate,
+    MaybeTensor mix, double dropout_p, MaybeTensor seed, MaybeTensor merged_B, MaybeTensor merge_weight,
+    std::vector<bool> needs) {
+  const Layer layer{weight, std::nullopt, {A, B, scale, gate, mix, dropout_p, seed, merged_B, merge_weight}};
+  const LayerGradients gradients = backward({dy}, {h}, x, {layer}, needs[0], {asked_of(needs, 3)});
+  std::vector<Tensor> out{given(gradients.dx, dy)};
+  out.push_back(given(needs[1] && x ? MaybeTensor(product_of_rows(rows_of(dy), rows_of(*x))) : std::nullopt, dy));
+  out.push_back(given(needs[2] ? MaybeTensor(torch::stable::sum(rows_of(dy), std::vector<int64_t>{0})) : std::nullopt, dy));
+  append(out, gradients.branches[0], dy);
+  return {out[0], out[1], out[2], out[3], out[4], out[5], out[6], out[7], out[8]};
+}
+
+}  // namespace mbf::cpu

@@ -2,13 +2,10 @@
 
 from __future__ import annotations
 
-import csv
-from pathlib import Path
 from typing import Any
 
 import pytest
-
-from mbf.run.versions import versions
+from common import csv_rows, facts
 
 
 def pytest_addoption(parser: pytest.Parser) -> None:
@@ -21,12 +18,8 @@ def pytest_benchmark_update_json(config: pytest.Config, benchmarks: Any, output_
     if not target:
         return
     columns = ["group", "name", "median_us", "q1_us", "q3_us", "rounds"]
-    facts = {**versions(), "cpu": output_json["machine_info"]["cpu"].get("brand_raw", "unknown")}
-    with Path(target).open("w", newline="", encoding="utf-8") as file:
-        file.writelines(f"# {name}: {value}\n" for name, value in facts.items())
-        rows = csv.writer(file)
-        rows.writerow(columns)
+    with csv_rows(target, columns, facts()) as add:
         for one in output_json["benchmarks"]:
             stats = one["stats"]
             times = [f"{1e6 * stats[key]:.1f}" for key in ("median", "q1", "q3")]
-            rows.writerow([one["group"], one["params"]["variant"], *times, stats["rounds"]])
+            add([one["group"], one["params"]["variant"], *times, stats["rounds"]])

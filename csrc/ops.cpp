@@ -8,7 +8,11 @@ STABLE_TORCH_LIBRARY_IMPL(mbf, CPU, m) {
   m.impl("dropout_mask", TORCH_BOX(&mbf::cpu::dropout_mask));
   m.impl("lora_accumulate", TORCH_BOX(&mbf::cpu::lora_accumulate));
   m.impl("lora_accumulate_backward", TORCH_BOX(&mbf::cpu::lora_accumulate_backward));
+  m.impl("lora_group", TORCH_BOX(&mbf::cpu::lora_group));
+  m.impl("lora_group_backward", TORCH_BOX(&mbf::cpu::lora_group_backward));
   m.impl("lora_linear", TORCH_BOX(&mbf::cpu::lora_linear));
   m.impl("lora_linear_backward", TORCH_BOX(&mbf::cpu::lora_linear_backward));
+  m.impl("lora_mlp", TORCH_BOX(&mbf::cpu::lora_mlp));
+  m.impl("lora_mlp_backward", TORCH_BOX(&mbf::cpu::lora_mlp_backward));
   m.impl("merge_", TORCH_BOX(&mbf::cpu::merge_));
 }

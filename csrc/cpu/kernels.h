@@ -18,8 +18,7 @@ using MaybeTensors = std::vector<MaybeTensor>;
 
 Tensor dropout_mask(Tensor seed, std::vector<int64_t> shape, double p);
 
-void merge_(Tensors merged, Tensors finetuned,
-            Tensor weight);
+void merge_(Tensors merged, Tensors finetuned, Tensor weight);
 
 std::tuple<Tensor, Tensor> lora_linear(Tensor x, Tensor weight, MaybeTensor bias, Tensor A, Tensor B, double scale,
                                        MaybeTensor gate, MaybeTensor mix, double dropout_p, MaybeTensor seed,

@@ -17,10 +17,12 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> lora_accumula
     Tensor dy, Tensor h, MaybeTensor x, Tensor A, Tensor B, double scale, MaybeTensor gate, MaybeTensor mix,
     double dropout_p, MaybeTensor seed, MaybeTensor merged_B, MaybeTensor merge_weight, std::vector<bool> needs) {
   const Operands operands{A, B, scale, gate, mix, dropout_p, seed, merged_B, merge_weight};
-  const LayerGradients gradients = accumulate_backward(dy, h, x, operands, x ? x->scalar_type() : dy.scalar_type(),
-                                                       needs[0], asked_of(needs, 1));
-  std::vector<Tensor> out{given(gradients.dx, dy)};
-  append(out, gradients.branches[0], dy);
+  const LayerGradients gradients =
+      accumulate_backward(dy, h, x, operands, x ? x->scalar_type() : dy.scalar_type(), needs[0], asked_of(needs, 1));
+  Results results(dy);
+  results.add(gradients.dx);
+  results.add(gradients.branches[0]);
+  const Tensors& out = results.tensors;
   return {out[0], out[1], out[2], out[3], out[4], out[5], out[6]};
 }
 

@@ -8,8 +8,8 @@ namespace mbf::cpu {
 Tensors lora_group(Tensor x, Tensors weights, MaybeTensors biases, Tensors A, Tensors B, std::vector<double> scales,
                    MaybeTensors gates, MaybeTensors mixes, std::vector<double> dropout_ps, MaybeTensors seeds,
                    MaybeTensors merged_Bs, MaybeTensors merge_weights) {
-  LayerOutputs out = forward(
-      x, members(weights, biases, A, B, scales, gates, mixes, dropout_ps, seeds, merged_Bs, merge_weights));
+  LayerOutputs out =
+      forward(x, members(weights, biases, A, B, scales, gates, mixes, dropout_ps, seeds, merged_Bs, merge_weights));
   Tensors results = std::move(out.ys);
   results.insert(results.end(), out.hs.begin(), out.hs.end());
   return results;
@@ -22,9 +22,10 @@ Tensors lora_group_backward(MaybeTensors dys, Tensors hs, MaybeTensor x, Tensors
   const LayerGradients gradients = backward(
       dys, hs, x, members(weights, {}, A, B, scales, gates, mixes, dropout_ps, seeds, merged_Bs, merge_weights),
       needs[0], asked_of_members(needs));
-  Tensors out{given(gradients.dx, hs[0])};
-  for (const BranchGradients& branch : gradients.branches) append(out, branch, hs[0]);
-  return out;
+  Results results(hs[0]);
+  results.add(gradients.dx);
+  for (const BranchGradients& branch : gradients.branches) results.add(branch);
+  return results.tensors;
 }
 
 }  // namespace mbf::cpu

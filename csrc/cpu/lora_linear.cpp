@@ -11,7 +11,8 @@ namespace {
 Tensor product_of_rows(const Tensor& left, const Tensor& right) {
   const ScalarType type = left.scalar_type();
   if (type != ScalarType::Float && type != ScalarType::Double && !multiplies_natively(type)) {
-    const Tensor wide = product_of_rows(torch::stable::to(left, ScalarType::Float), torch::stable::to(right, ScalarType::Float));
+    const Tensor wide =
+        product_of_rows(torch::stable::to(left, ScalarType::Float), torch::stable::to(right, ScalarType::Float));
     return torch::stable::to(wide, type);
   }
   const Tensor out = empty(left, {left.size(1), right.size(1)}, type);
@@ -35,10 +36,12 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tenso
     std::vector<bool> needs) {
   const Layer layer{weight, std::nullopt, {A, B, scale, gate, mix, dropout_p, seed, merged_B, merge_weight}};
   const LayerGradients gradients = backward({dy}, {h}, x, {layer}, needs[0], {asked_of(needs, 3)});
-  std::vector<Tensor> out{given(gradients.dx, dy)};
-  out.push_back(given(needs[1] && x ? MaybeTensor(product_of_rows(rows_of(dy), rows_of(*x))) : std::nullopt, dy));
-  out.push_back(given(needs[2] ? MaybeTensor(torch::stable::sum(rows_of(dy), std::vector<int64_t>{0})) : std::nullopt, dy));
-  append(out, gradients.branches[0], dy);
+  Results results(dy);
+  results.add(gradients.dx);
+  results.add(needs[1] && x ? MaybeTensor(product_of_rows(rows_of(dy), rows_of(*x))) : std::nullopt);
+  results.add(needs[2] ? MaybeTensor(torch::stable::sum(rows_of(dy), std::vector<int64_t>{0})) : std::nullopt);
+  results.add(gradients.branches[0]);
+  const Tensors& out = results.tensors;
   return {out[0], out[1], out[2], out[3], out[4], out[5], out[6], out[7], out[8]};
 }
 

@@ -84,9 +84,8 @@ Tensors lora_mlp(Tensor x, Tensors weights, MaybeTensors biases, Tensors A, Tens
       members(weights, biases, A, B, scales, gates, mixes, dropout_ps, seeds, merged_Bs, merge_weights);
   const LayerOutputs inner = forward(x, {layers[0], layers[1]});
   const LayerOutputs outer = forward(activated(inner.ys[0], inner.ys[1], gelu), {layers[2]});
-  const Tensor none = torch::stable::new_empty(x, {0});
-  return {outer.ys[0], recompute ? none : inner.ys[0], recompute ? none : inner.ys[1],
-          inner.hs[0], inner.hs[1],                     outer.hs[0]};
+  const auto kept = [&](const Tensor& tensor) { return recompute ? torch::stable::new_empty(x, {0}) : tensor; };
+  return {outer.ys[0], kept(inner.ys[0]), kept(inner.ys[1]), inner.hs[0], inner.hs[1], outer.hs[0]};
 }
 
 Tensors lora_mlp_backward(Tensor dy, Tensor x, MaybeTensor g, MaybeTensor u, Tensors hs, Tensors weights,
@@ -118,10 +117,11 @@ Tensors lora_mlp_backward(Tensor dy, Tensor x, MaybeTensor g, MaybeTensor u, Ten
     }
     rest = backward({dg, du}, {hs[0], hs[1]}, x, inner, needs[0], {asked[0], asked[1]});
   }
-  Tensors out{given(rest.dx, dy)};
-  for (const BranchGradients& branch : rest.branches) append(out, branch, dy);
-  append(out, outer.branches[0], dy);
-  return out;
+  Results results(dy);
+  results.add(rest.dx);
+  for (const BranchGradients& branch : rest.branches) results.add(branch);
+  results.add(outer.branches[0]);
+  return results.tensors;
 }
 
 }  // namespace mbf::cpu

@@ -9,9 +9,13 @@ namespace {
 
 using torch::stable::parallel_for;
 
-constexpr int64_t kBlockRows = 48;    // a block of x, dy or dx: 400 KiB at 2048 columns of fp32
-constexpr int64_t kChunkRows = 128;   // rows of one partial sum; a multiple of what the first-level cache hides
-constexpr int64_t kPartialSums = 1 << 23;  // elements that all partial sums of a gradient may take
+constexpr int64_t kBlockRows = 48;       // rows that go through the inner loops at once
+constexpr int64_t kChunkRows = 256;      // of a tile: BLAS is as fast on it as on all rows, and half of it fits a cache
+constexpr int64_t kTileColumns = 2048;   // of a tile, at most
+constexpr int64_t kLeastColumns = 256;   // of a tile, where it is cut so that threads have work
+constexpr int64_t kLeastTiles = 2;       // that a matrix is cut into, if its size allows
+constexpr int64_t kLeastWork = 1 << 22;  // products that are worth a second thread
+constexpr int64_t kMostChunks = 16;      // of rows: each has partial sums of its own
 
 template <typename C>
 constexpr ScalarType kType = sizeof(C) == 8 ? ScalarType::Double : ScalarType::Float;
@@ -53,7 +57,8 @@ double scalar(const Tensor& tensor) {
 
 }  // namespace
 
-// -- operands ------------------------------------------------------------------------------------------------------------
+// -- operands
+// ------------------------------------------------------------------------------------------------------------
 
 template <typename C>
 Branch<C>::Branch(const Operands& operands, const Tensor& input)
@@ -170,29 +175,31 @@ void Branch<C>::read_gate(const std::vector<int64_t>& lead) {
   }
 }
 
-// -- forward -------------------------------------------------------------------------------------------------------------
+// -- forward
+// -------------------------------------------------------------------------------------------------------------
 
 template <typename C>
-Mask Branch<C>::mask(int64_t first, int64_t rows, std::vector<uint8_t>& bits) const {
+Mask Branch<C>::mask(int64_t first, int64_t rows, int64_t column, int64_t columns, std::vector<uint8_t>& bits) const {
   if (threshold_ == 0) return {};
-  const uint64_t element = static_cast<uint64_t>(first) * d_in_;
+  const uint64_t element = static_cast<uint64_t>(first) * d_in_ + column;
   const int64_t offset = element % 8;
-  const int64_t blocks = (offset + rows * d_in_ + 7) / 8;
-  if (static_cast<int64_t>(bits.size()) < blocks + 8) bits.resize(blocks + 8);
-  if (threshold_ < 65536) {
-    micro_.mask_bits(seed_, threshold_, element / 8, blocks, bits.data());
-  } else {
+  const bool whole = columns == d_in_;
+  // Rows of a part lie in the stream at their own distance, which leaves an element at the bit that it has in its byte.
+  const int64_t ld = whole ? d_in_ : (columns + 23) / 8 * 8 + d_in_ % 8;
+  const int64_t size = (offset + (rows - 1) * ld + columns + 7) / 8 + 8;
+  if (static_cast<int64_t>(bits.size()) < size) bits.resize(size);
+  if (threshold_ >= 65536) {
     std::fill(bits.begin(), bits.end(), uint8_t{0});
+  } else if (whole) {
+    micro_.mask_bits(seed_, threshold_, element / 8, (offset + rows * d_in_ + 7) / 8, bits.data());
+  } else {
+    for (int64_t t = 0; t < rows; ++t) {
+      const uint64_t from = element + static_cast<uint64_t>(t) * d_in_;
+      const int64_t bit = from % 8;
+      micro_.mask_bits(seed_, threshold_, from / 8, (bit + columns + 7) / 8, bits.data() + (offset + t * ld) / 8);
+    }
   }
-  return {bits.data(), offset, d_in_};
-}
-
-template <typename C>
-void Branch<C>::project(Rows x, int64_t rows, Mask mask, C* h) const {
-  micro_.project(x, rows, d_in_, a_, lda_, r_, mask, h);
-  if (threshold_ != 0) {
-    for (int64_t n = 0; n < rows * r_; ++n) h[n] *= keep_scale_;
-  }
+  return {bits.data(), offset, ld};
 }
 
 template <typename C>
@@ -210,91 +217,117 @@ typename Branch<C>::Routed Branch<C>::route(int64_t first, int64_t rows, const C
 }
 
 template <typename C>
-void Branch<C>::expand(Rows y, int64_t rows, const C* z) const {
-  micro_.expand(y, rows, d_out_, z, r_, e_.get(), lde_, {}, true);
+void Branch<C>::project(int64_t first, int64_t rows, Rows x, C* h, C* z, std::vector<uint8_t>& bits) const {
+  micro_.project(x, rows, d_in_, a_, lda_, r_, mask(first, rows, 0, d_in_, bits), h);
+  if (threshold_ != 0) {
+    for (int64_t n = 0; n < rows * r_; ++n) h[n] *= keep_scale_;
+  }
+  Scratch<C> u(operands_.mix && operands_.gate ? rows * r_ : 0);
+  const Routed routed = route(first, rows, h, operands_.gate ? u.get() : z, z);
+  if (routed.z != z) std::copy_n(routed.z, rows * r_, z);
 }
 
 template <typename C>
-void add_branches(const std::vector<const Branch<C>*>& branches, Rows x, int64_t first, int64_t rows,
-                  const std::vector<Rows>& ys, const std::vector<Tensor>& hs) {
+void Branch<C>::expand(Rows y, int64_t rows, int64_t column, int64_t columns, const C* z) const {
+  micro_.expand(y, rows, columns, z, r_, e_.get() + column, lde_, {}, true);
+}
+
+template <typename C>
+void project_all(const std::vector<Branch<C>>& branches, Rows x, int64_t rows, const std::vector<Tensor>& hs,
+                 const std::vector<Scratch<C>>& zs) {
   int64_t widest = 0;
-  for (const Branch<C>* branch : branches) widest = std::max(widest, branch->rank());
+  for (const Branch<C>& branch : branches) widest = std::max(widest, branch.rank());
   parallel_for(0, rows, kBlockRows / 2, [&](int64_t begin, int64_t end) {
-    const int64_t size = (end - begin + parts_of(end - begin, kBlockRows) - 1) / parts_of(end - begin, kBlockRows);
-    Scratch<C> h(size * widest), u(size * widest), z(size * widest);
+    const int64_t parts = parts_of(end - begin, kBlockRows), size = (end - begin + parts - 1) / parts;
+    Scratch<C> h(size * widest);
     std::vector<uint8_t> bits;
     for (int64_t t = begin; t < end; t += size) {
       const int64_t block = std::min(size, end - t);
       for (size_t n = 0; n < branches.size(); ++n) {
-        const Branch<C>& branch = *branches[n];
-        branch.project(x.at(t), block, branch.mask(first + t, block, bits), h.get());
-        const Rows saved{hs[n].mutable_data_ptr(), hs[n].scalar_type(), branch.rank()};
-        micro<C>().narrow(h.get(), block * branch.rank(), saved.at(first + t).data, saved.type);
-        branch.expand(ys[n].at(t), block, branch.route(first + t, block, h.get(), u.get(), z.get()).z);
+        const int64_t r = branches[n].rank();
+        branches[n].project(t, block, x.at(t), h.get(), zs[n].get() + t * r, bits);
+        const Rows saved{hs[n].mutable_data_ptr(), hs[n].scalar_type(), r};
+        micro<C>().narrow(h.get(), block * r, saved.at(t).data, saved.type);
       }
     }
   });
 }
 
-// -- backward ------------------------------------------------------------------------------------------------------------
+// -- tiles
+// ---------------------------------------------------------------------------------------------------------------
+
+Grid::Grid(int64_t rows, int64_t columns, int64_t depth) : rows(rows), columns(columns) {
+  row_chunks = rows == 0 ? 0 : std::clamp<int64_t>((rows + kChunkRows / 2) / kChunkRows, 1, kMostChunks);
+  column_chunks = parts_of(columns, kTileColumns);
+  if (row_chunks > 0 && tiles() < kLeastTiles && rows * columns * depth >= kLeastWork) {
+    const int64_t most = std::max<int64_t>(1, columns / kLeastColumns);
+    column_chunks = std::max(column_chunks, std::min(most, parts_of(kLeastTiles, row_chunks)));
+  }
+}
+
+int64_t Grid::column(int64_t chunk) const {
+  if (chunk == column_chunks) return columns;
+  return columns * chunk / column_chunks / 64 * 64;  // panels of the packed operands stay aligned
+}
+
+// -- backward
+// ------------------------------------------------------------------------------------------------------------
 
 template <typename C>
 BranchBackward<C>::BranchBackward(const std::vector<Branch<C>>& branches, const std::vector<Asked>& asked, int64_t rows,
                                   bool need_dx)
-    : branches_(branches), asked_(asked), rows_(rows), need_dx_(need_dx), sums_(branches.size()) {
-  int64_t largest = 1;
-  for (const auto& branch : branches) largest = std::max(largest, branch.r_ * std::max(branch.lda_, branch.lde_));
-  const int64_t most = std::clamp<int64_t>(kPartialSums / largest, 4, 64);
-  chunks_ = rows == 0 ? 0 : std::clamp<int64_t>(rows / kChunkRows, 1, most);
+    : branches_(branches),
+      asked_(asked),
+      need_dx_(need_dx),
+      grid_(rows, branches[0].d_in_, branches[0].d_out_),
+      sums_(branches.size()) {
+  const int64_t chunks = grid_.row_chunks;
   for (size_t n = 0; n < branches.size(); ++n) {
     const Branch<C>& branch = branches[n];
-    if (asked[n].A) sums_[n].dA = Scratch<C>(chunks_ * branch.r_ * branch.lda_);
-    if (asked[n].of_B()) sums_[n].dBt = Scratch<C>(chunks_ * branch.r_ * branch.lde_);
-    if (asked[n].mix) sums_[n].dmix = Scratch<C>(chunks_ * branch.r_ * branch.r_);
+    if (asked[n].A) sums_[n].dA = Scratch<C>(chunks * branch.r_ * branch.lda_);
+    if (asked[n].of_B()) sums_[n].dBt = Scratch<C>(chunks * branch.r_ * branch.lde_);
+    if (asked[n].mix) sums_[n].dmix = Scratch<C>(chunks * branch.r_ * branch.r_);
     if (asked[n].gate) sums_[n].dgate = Scratch<C>(rows * branch.r_);
+    if (asked[n].A || need_dx) sums_[n].dh = Scratch<C>(rows * branch.r_);
   }
 }
 
 template <typename C>
-void BranchBackward<C>::run(int64_t from, int64_t to, const std::vector<Rows>& dys, const std::vector<Tensor>& hs,
-                            Rows x, Rows dx, bool add) {
+void BranchBackward<C>::read_dy(const std::vector<Rows>& dys, const std::vector<Tensor>& hs) {
   for (size_t n = 0; n < dys.size(); ++n) sums_[n].used = dys[n].data != nullptr;
-  parallel_for(from, to, 1, [&](int64_t begin, int64_t end) {
-    for (int64_t chunk = begin; chunk < end; ++chunk) run_chunk(chunk, this->begin(from), dys, hs, x, dx, add);
+  parallel_for(0, grid_.row_chunks, 1, [&](int64_t begin, int64_t end) {
+    for (int64_t chunk = begin; chunk < end; ++chunk) read_chunk(chunk, dys, hs);
   });
 }
 
 template <typename C>
-void BranchBackward<C>::run_chunk(int64_t chunk, int64_t base, const std::vector<Rows>& dys,
-                                  const std::vector<Tensor>& hs, Rows x, Rows dx, bool add) {
-  const Micro<C>& micro_ = micro<C>();
-  const int64_t from = begin(chunk), to = begin(chunk + 1);
-  const int64_t size = (to - from + parts_of(to - from, kBlockRows) - 1) / parts_of(to - from, kBlockRows);
+void BranchBackward<C>::read_chunk(int64_t chunk, const std::vector<Rows>& dys, const std::vector<Tensor>& hs) {
+  const Micro<C>& inner = micro<C>();
+  const int64_t from = grid_.row(chunk), to = grid_.row(chunk + 1);
+  const int64_t parts = parts_of(to - from, kBlockRows), size = (to - from + parts - 1) / parts;
   int64_t widest = 0;
   for (const auto& branch : branches_) widest = std::max(widest, branch.r_);
-  Scratch<C> saved_h(size * widest), u(size * widest), z(size * widest), dz(size * widest), dh(size * widest);
-  std::vector<uint8_t> bits;
+  Scratch<C> h(size * widest), u(size * widest), z(size * widest), dz(size * widest);
 
   for (int64_t t = from; t < to; t += size) {
     const int64_t rows = std::min(size, to - t);
-    bool add_dx = add;
     for (size_t n = 0; n < branches_.size(); ++n) {
       if (!sums_[n].used) continue;
       const Branch<C>& branch = branches_[n];
       const Asked& asked = asked_[n];
       const int64_t r = branch.r_, count = rows * r;
       const bool later = t > from;  // the chunk's sums have begun
-      const Rows dy = dys[n].at(t - base);
+      const Rows dy = dys[n].at(t);
 
       typename Branch<C>::Routed routed{};
       if (asked.of_B() || asked.gate || asked.mix) {
-        const Rows kept{hs[n].mutable_data_ptr(), hs[n].scalar_type(), r};
-        micro_.widen(kept.at(t).data, kept.type, count, saved_h.get());
-        routed = branch.route(t, rows, saved_h.get(), u.get(), z.get());
+        const Rows saved{hs[n].mutable_data_ptr(), hs[n].scalar_type(), r};
+        inner.widen(saved.at(t).data, saved.type, count, h.get());
+        routed = branch.route(t, rows, h.get(), u.get(), z.get());
       }
       const bool need_dh = need_dx_ || asked.A;
       if (need_dh || asked.gate || asked.mix) {
-        micro_.project(dy, rows, branch.d_out_, branch.e_.get(), branch.lde_, r, {}, dz.get());
+        inner.project(dy, rows, branch.d_out_, branch.e_.get(), branch.lde_, r, {}, dz.get());
       }
       if (asked.of_B()) {
         const C scale = static_cast<C>(branch.operands_.scale);
@@ -303,8 +336,8 @@ void BranchBackward<C>::run_chunk(int64_t chunk, int64_t base, const std::vector
           for (int64_t i = 0; i < count; ++i) z[i] = scale * routed.z[i];
           factor = z.get();
         }
-        micro_.outer(dy, rows, branch.d_out_, factor, r, {}, sums_[n].dBt.get() + chunk * r * branch.lde_, branch.lde_,
-                     later);
+        inner.outer(dy, rows, branch.d_out_, factor, r, {}, sums_[n].dBt.get() + chunk * r * branch.lde_, branch.lde_,
+                    later);
       }
       if (asked.gate) {
         for (int64_t i = 0; i < count; ++i) sums_[n].dgate[t * r + i] = dz[i] * routed.u[i];
@@ -316,25 +349,44 @@ void BranchBackward<C>::run_chunk(int64_t chunk, int64_t base, const std::vector
         }
       }
       if (asked.mix) {
-        micro_.outer(as_rows(saved_h.get(), r), rows, r, dz.get(), r, {}, sums_[n].dmix.get() + chunk * r * r, r,
-                     later);
+        inner.outer(as_rows(h.get(), r), rows, r, dz.get(), r, {}, sums_[n].dmix.get() + chunk * r * r, r, later);
       }
       if (!need_dh) continue;
-      C* factor = dz.get();
+      C* dh = sums_[n].dh.get() + t * r;
       if (branch.operands_.mix) {
-        micro_.expand(as_rows(dh.get(), r), rows, r, dz.get(), r, branch.mix_.get(), padded(r, micro_.lanes), {}, false);
-        factor = dh.get();
+        inner.expand(as_rows(dh, r), rows, r, dz.get(), r, branch.mix_.get(), padded(r, inner.lanes), {}, false);
+      } else {
+        std::copy_n(dz.get(), count, dh);
       }
       if (branch.threshold_ != 0) {
-        for (int64_t i = 0; i < count; ++i) factor[i] *= branch.keep_scale_;
+        for (int64_t i = 0; i < count; ++i) dh[i] *= branch.keep_scale_;
       }
-      const Mask mask = branch.mask(t, rows, bits);
-      if (asked.A) {
-        micro_.outer(x.at(t - base), rows, branch.d_in_, factor, r, mask, sums_[n].dA.get() + chunk * r * branch.lda_,
-                     branch.lda_, later);
+    }
+  }
+}
+
+template <typename C>
+void BranchBackward<C>::visit(int64_t row_chunk, int64_t column_chunk, Rows x, Rows dx, bool add) {
+  const Micro<C>& inner = micro<C>();
+  const int64_t from = grid_.row(row_chunk), to = grid_.row(row_chunk + 1);
+  const int64_t column = grid_.column(column_chunk), columns = grid_.column(column_chunk + 1) - column;
+  const int64_t parts = parts_of(to - from, kBlockRows), size = (to - from + parts - 1) / parts;
+  std::vector<uint8_t> bits;
+  for (int64_t t = from; t < to; t += size) {
+    const int64_t rows = std::min(size, to - t);
+    bool add_dx = add;
+    for (size_t n = 0; n < branches_.size(); ++n) {
+      if (!sums_[n].used || !(need_dx_ || asked_[n].A)) continue;
+      const Branch<C>& branch = branches_[n];
+      const int64_t r = branch.r_;
+      const C* dh = sums_[n].dh.get() + t * r;
+      const Mask mask = branch.mask(t, rows, column, columns, bits);
+      if (asked_[n].A) {
+        inner.outer(x.at(t - from), rows, columns, dh, r, mask,
+                    sums_[n].dA.get() + row_chunk * r * branch.lda_ + column, branch.lda_, t > from);
       }
       if (need_dx_) {
-        micro_.expand(dx.at(t - base), rows, branch.d_in_, factor, r, branch.a_, branch.lda_, mask, add_dx);
+        inner.expand(dx.at(t - from), rows, columns, dh, r, branch.a_ + column, branch.lda_, mask, add_dx);
         add_dx = true;
       }
     }
@@ -357,21 +409,25 @@ void add_chunks(const C* sums, int64_t chunks, int64_t rows, int64_t columns, in
   });
 }
 
-// out[i, j] = Σ_chunk sums[chunk, j, i]
+// out[i, j] = Σ_chunk sums[chunk, j, i]; `sums` is padded to whole vectors.
 template <typename C>
 void add_chunks_transposed(const C* sums, int64_t chunks, int64_t rows, int64_t columns, int64_t ld, C* out) {
-  constexpr int64_t kWidth = 16;
+  constexpr int64_t kWidth = 4;
   parallel_for(0, parts_of(columns, kWidth), parts_of(1 << 14, kWidth * rows), [&](int64_t begin, int64_t end) {
     for (int64_t part = begin; part < end; ++part) {
       const int64_t first = part * kWidth, width = std::min(kWidth, columns - first);
       for (int64_t j = 0; j < rows; ++j) {
         C total[kWidth];
-        std::copy_n(sums + j * ld + first, width, total);
+        std::copy_n(sums + j * ld + first, kWidth, total);
         for (int64_t chunk = 1; chunk < chunks; ++chunk) {
           const C* more = sums + (chunk * rows + j) * ld + first;
-          for (int64_t i = 0; i < width; ++i) total[i] += more[i];
+          for (int64_t i = 0; i < kWidth; ++i) total[i] += more[i];
         }
-        for (int64_t i = 0; i < width; ++i) out[(first + i) * rows + j] = total[i];
+        if (width == kWidth) {
+          for (int64_t i = 0; i < kWidth; ++i) out[(first + i) * rows + j] = total[i];
+        } else {
+          for (int64_t i = 0; i < width; ++i) out[(first + i) * rows + j] = total[i];
+        }
       }
     }
   });
@@ -386,7 +442,8 @@ BranchGradients BranchBackward<C>::finish(size_t member) {
   const Asked& asked = asked_[member];
   const Sums& sums = sums_[member];
   const int64_t r = branch.r_, d_in = branch.d_in_, d_out = branch.d_out_;
-  const bool any = sums.used && chunks_ > 0;
+  const int64_t chunks = grid_.row_chunks, rows = grid_.rows;
+  const bool any = sums.used && chunks > 0;
   BranchGradients out;
 
   // Sums into a tensor of the operand's type; straight into it where that is the type of the arithmetic.
@@ -405,21 +462,19 @@ BranchGradients BranchBackward<C>::finish(size_t member) {
   };
 
   if (asked.A) {
-    out.A = gradient({r, d_in}, branch.type_, [&](C* data) {
-      add_chunks(sums.dA.get(), chunks_, r, d_in, branch.lda_, data);
-    });
+    out.A = gradient({r, d_in}, branch.type_,
+                     [&](C* data) { add_chunks(sums.dA.get(), chunks, r, d_in, branch.lda_, data); });
   }
   if (asked.of_B()) {
     const std::vector<int64_t> shape{d_out, r};
     if (!operands.merged_B) {
-      out.B = gradient(shape, branch.type_, [&](C* data) {
-        add_chunks_transposed(sums.dBt.get(), chunks_, r, d_out, branch.lde_, data);
-      });
+      out.B = gradient(shape, branch.type_,
+                       [&](C* data) { add_chunks_transposed(sums.dBt.get(), chunks, r, d_out, branch.lde_, data); });
     } else {
       const int64_t size = d_out * r;
       Scratch<C> whole(size);
       if (any) {
-        add_chunks_transposed(sums.dBt.get(), chunks_, r, d_out, branch.lde_, whole.get());
+        add_chunks_transposed(sums.dBt.get(), chunks, r, d_out, branch.lde_, whole.get());
       } else {
         std::fill_n(whole.get(), size, C{0});
       }
@@ -442,14 +497,13 @@ BranchGradients BranchBackward<C>::finish(size_t member) {
     }
   }
   if (asked.mix) {
-    out.mix = gradient({r, r}, operands.mix->scalar_type(), [&](C* data) {
-      add_chunks(sums.dmix.get(), chunks_, r, r, r, data);
-    });
+    out.mix = gradient({r, r}, operands.mix->scalar_type(),
+                       [&](C* data) { add_chunks(sums.dmix.get(), chunks, r, r, r, data); });
   }
   if (asked.gate) {
     out.gate = gradient(shape_of(*operands.gate), operands.gate->scalar_type(), [&](C* data) {
       std::vector<double> total(operands.gate->numel(), 0.0);
-      for (int64_t row = 0; row < rows_; ++row) {
+      for (int64_t row = 0; row < rows; ++row) {
         for (int64_t j = 0; j < r; ++j) total[branch.gate_at(row, j)] += sums.dgate[row * r + j];
       }
       for (size_t n = 0; n < total.size(); ++n) data[n] = static_cast<C>(total[n]);
@@ -462,9 +516,9 @@ template class Branch<float>;
 template class Branch<double>;
 template class BranchBackward<float>;
 template class BranchBackward<double>;
-template void add_branches<float>(const std::vector<const Branch<float>*>&, Rows, int64_t, int64_t, const std::vector<Rows>&,
-                                  const std::vector<Tensor>&);
-template void add_branches<double>(const std::vector<const Branch<double>*>&, Rows, int64_t, int64_t, const std::vector<Rows>&,
-                                   const std::vector<Tensor>&);
+template void project_all<float>(const std::vector<Branch<float>>&, Rows, int64_t, const std::vector<Tensor>&,
+                                 const std::vector<Scratch<float>>&);
+template void project_all<double>(const std::vector<Branch<double>>&, Rows, int64_t, const std::vector<Tensor>&,
+                                  const std::vector<Scratch<double>>&);
 
 }  // namespace mbf::cpu

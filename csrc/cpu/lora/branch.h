@@ -1,9 +1,9 @@
 // The low-rank branch s · (gate ⊙ (drop(x) Aᵀ mixᵀ)) B̂ᵀ and its derivatives, in the symbols of mbf/ops/_branch.py.
 //
-// Rows are worked through in blocks that stay in a core's second-level cache: forward, a block of x gives h, and h goes
-// into the same block of y; backward, a block of dy gives dz and its share of dB̂, and at once the same rows of x and dx
-// are visited, with the dropout mask made anew in between. Row blocks are shared out among torch's threads. Sums over
-// rows are taken in chunks whose number depends on the shapes only, so results do not depend on the number of threads.
+// The work comes in two phases each way. Forward: h from x; then y tile by tile, each given its share of the branch as
+// soon as its base product is there. Backward: dz from dy, with dB̂'s sums; then dx tile by tile, each given its share
+// of the branch with the dropout mask made anew, and the same tile of x gives its share of dA. Sums over rows are taken
+// in chunks that depend on the shapes only, so results do not depend on the number of threads.
 #pragma once
 
 #include <vector>
@@ -47,23 +47,23 @@ class Branch {
   int64_t rank() const { return r_; }
   ScalarType type() const { return type_; }  // of A, and so of h
 
-  // Which elements of rows `first` .. of x are kept; `bits` holds the stream.
-  Mask mask(int64_t first, int64_t rows, std::vector<uint8_t>& bits) const;
-  // h [rows, r] of rows of x.
-  void project(Rows x, int64_t rows, Mask mask, C* h) const;
-  // u = h mixᵀ and z = gate ⊙ u of rows `first` .. ; the scratch is left alone where there is no mix or gate.
-  struct Routed {
-    const C* u;
-    const C* z;
-  };
-  Routed route(int64_t first, int64_t rows, const C* h, C* scratch_u, C* scratch_z) const;
-  // y += s z B̂ᵀ
-  void expand(Rows y, int64_t rows, const C* z) const;
+  // Which elements of rows `first` .. and columns `column` .. of x are kept; `bits` holds the stream.
+  Mask mask(int64_t first, int64_t rows, int64_t column, int64_t columns, std::vector<uint8_t>& bits) const;
+  // h [rows, r] of rows of x, and z = gate ⊙ (h mixᵀ) from it.
+  void project(int64_t first, int64_t rows, Rows x, C* h, C* z, std::vector<uint8_t>& bits) const;
+  // y[:, column ..] += s z B̂ᵀ[:, column ..] for rows of y and z, y beginning at that column.
+  void expand(Rows y, int64_t rows, int64_t column, int64_t columns, const C* z) const;
 
  private:
   template <typename>
   friend class BranchBackward;
 
+  struct Routed {
+    const C* u;
+    const C* z;
+  };
+  // u = h mixᵀ and z = gate ⊙ u; the scratch is left alone where there is no mix or gate.
+  Routed route(int64_t first, int64_t rows, const C* h, C* scratch_u, C* scratch_z) const;
   int64_t gate_at(int64_t row, int64_t j) const { return (gate_rows_.empty() ? 0 : gate_rows_[row]) + j * gate_step_; }
   void pack_A();
   void pack_B();
@@ -85,42 +85,51 @@ class Branch {
   C keep_scale_ = 1;
 };
 
-// y += branch for every member; x is read once. ys[n] are the rows of member n's output, hs[n] [rows, r] receive h in
-// the type of A. `first` is the number of the first row within the whole x.
+// h of every member, saved in the type of A in hs[n] [rows, r], and z in zs[n]; x is read once.
 template <typename C>
-void add_branches(const std::vector<const Branch<C>*>& branches, Rows x, int64_t first, int64_t rows,
-                  const std::vector<Rows>& ys, const std::vector<Tensor>& hs);
+void project_all(const std::vector<Branch<C>>& branches, Rows x, int64_t rows, const std::vector<Tensor>& hs,
+                 const std::vector<Scratch<C>>& zs);
 
-// The backward pass of members that share x. Rows are differentiated in any number of calls of `run`, each over whole
-// chunks, then `finish` sums the chunks.
+// The chunks of rows and columns that an activation matrix is worked through in.
+struct Grid {
+  Grid(int64_t rows, int64_t columns, int64_t depth);  // depth: products that an element takes
+
+  int64_t tiles() const { return row_chunks * column_chunks; }
+  int64_t row(int64_t chunk) const { return rows * chunk / row_chunks; }
+  int64_t column(int64_t chunk) const;
+
+  int64_t rows, columns, row_chunks, column_chunks;
+};
+
+// The backward pass of members that share x.
 template <typename C>
 class BranchBackward {
  public:
   BranchBackward(const std::vector<Branch<C>>& branches, const std::vector<Asked>& asked, int64_t rows, bool need_dx);
 
-  int64_t chunks() const { return chunks_; }
-  int64_t begin(int64_t chunk) const { return rows_ * chunk / chunks_; }
+  // The chunks of rows that tiles of dx and x must have.
+  const Grid& grid() const { return grid_; }
 
-  // dys[n].data may be null: that output was not used. hs[n] as saved; x is read only for dA and may be null; dx is
-  // added to (`add`) or overwritten. All start at row begin(from).
-  void run(int64_t from, int64_t to, const std::vector<Rows>& dys, const std::vector<Tensor>& hs, Rows x, Rows dx,
-           bool add);
+  // First phase: dys[n].data may be null, that output was not used; hs[n] as saved.
+  void read_dy(const std::vector<Rows>& dys, const std::vector<Tensor>& hs);
+  // Second phase, for one tile of the grid: rows of x (null if no dA is asked) and of dx (null if not asked), both
+  // beginning at the tile's first column; dx is added to, or overwritten by the first member.
+  void visit(int64_t row_chunk, int64_t column_chunk, Rows x, Rows dx, bool add);
 
   BranchGradients finish(size_t member);
 
  private:
   struct Sums {
     Scratch<C> dA, dBt, dmix;  // a chunk after the other: [r, d_in], [r, d_out], [r, r]
-    Scratch<C> dgate;          // [rows, r]
+    Scratch<C> dgate, dh;      // [rows, r]; dh times what dropout scales by
     bool used = false;
   };
-  void run_chunk(int64_t chunk, int64_t base, const std::vector<Rows>& dys, const std::vector<Tensor>& hs, Rows x,
-                 Rows dx, bool add);
+  void read_chunk(int64_t chunk, const std::vector<Rows>& dys, const std::vector<Tensor>& hs);
 
   const std::vector<Branch<C>>& branches_;
   const std::vector<Asked>& asked_;
-  int64_t rows_, chunks_;
   bool need_dx_;
+  Grid grid_;
   std::vector<Sums> sums_;
 };
 

@@ -7,67 +7,56 @@ namespace {
 
 using torch::stable::parallel_for;
 
-constexpr int64_t kTile = 1 << 21;       // elements of an fp32 tile of W, 8 MiB
-constexpr int64_t kStripe = 1 << 22;     // elements of the fp32 stripe of x, y or dx that goes with it
-constexpr int64_t kCastGrain = 1 << 15;  // elements below which a second thread costs more than it saves
+constexpr int64_t kWidened = 1 << 19;  // elements of W that are widened at once: 2 MiB of fp32
 
-bool is_half(ScalarType type) { return type == ScalarType::BFloat16 || type == ScalarType::Half; }
-
-bool must_widen(ScalarType type) { return is_half(type) && !multiplies_natively(type); }
-
-Rows rows_in(const Tensor& matrix) { return {matrix.mutable_data_ptr(), matrix.scalar_type(), matrix.size(1)}; }
-
-void widen(const Rows& from, int64_t rows, float* to) {
-  const int64_t columns = from.ld;
-  parallel_for(0, rows, std::max<int64_t>(1, kCastGrain / std::max<int64_t>(columns, 1)),
-               [&](int64_t begin, int64_t end) {
-                 micro<float>().widen(from.at(begin).data, from.type, (end - begin) * columns, to + begin * columns);
-               });
+bool must_widen(ScalarType type) {
+  return (type == ScalarType::BFloat16 || type == ScalarType::Half) && !multiplies_natively(type);
 }
 
-void narrow(const float* from, int64_t rows, const Rows& to) {
-  const int64_t columns = to.ld;
-  parallel_for(0, rows, std::max<int64_t>(1, kCastGrain / std::max<int64_t>(columns, 1)),
-               [&](int64_t begin, int64_t end) {
-                 micro<float>().narrow(from + begin * columns, (end - begin) * columns, to.at(begin).data, to.type);
-               });
+// One call for all rows, where the BLAS of a type does not come out ahead on tiles.
+bool in_one_call(ScalarType type) { return type == ScalarType::BFloat16 || type == ScalarType::Half; }
+
+Rows rows_in(const Tensor& matrix) { return {matrix.mutable_data_ptr(), matrix.scalar_type(), matrix.stride(0)}; }
+
+Rows rows_or_none(const MaybeTensor& tensor) { return tensor ? rows_in(*tensor) : Rows{nullptr, ScalarType::Float, 0}; }
+
+Rows part(const Rows& rows, int64_t row, int64_t column) {
+  Rows out = rows.at(row);
+  if (out.data != nullptr) out.data = static_cast<char*>(out.data) + column * element_size(out.type);
+  return out;
 }
 
-int64_t stripe_rows(int64_t rows, int64_t widest) {
-  return std::clamp<int64_t>(kStripe / std::max<int64_t>(widest, 1), 64, std::max<int64_t>(rows, 64));
+Tensor block(const Tensor& matrix, int64_t row, int64_t rows, int64_t column, int64_t columns) {
+  Tensor out = matrix;
+  if (rows != out.size(0)) out = torch::stable::narrow(out, 0, row, rows);
+  if (columns != out.size(1)) out = torch::stable::narrow(out, 1, column, columns);
+  return out;
 }
 
-Tensor first_rows(const Tensor& matrix, int64_t rows) {
-  Tensor whole = matrix;
-  return matrix.size(0) == rows ? matrix : torch::stable::narrow(whole, 0, 0, rows);
-}
+float* floats(const Tensor& tensor) { return static_cast<float*>(tensor.mutable_data_ptr()); }
 
-// Calls use(tile as fp32 [n, d_in], first row, n) for W's rows, a tile at a time.
-template <typename Use>
-void each_tile(const Tensor& weight, const Use& use) {
-  const int64_t rows = weight.size(0), columns = weight.size(1);
-  const int64_t most = std::clamp<int64_t>(kTile / std::max<int64_t>(columns, 1), 16, std::max<int64_t>(rows, 16));
-  const int64_t parts = std::max<int64_t>(1, (rows + most - 1) / most), size = (rows + parts - 1) / parts;
-  const Tensor tile = empty(weight, {size, columns}, ScalarType::Float);
-  for (int64_t first = 0; first < rows; first += size) {
-    const int64_t n = std::min(size, rows - first);
-    widen(rows_in(weight).at(first), n, static_cast<float*>(tile.mutable_data_ptr()));
-    use(first_rows(tile, n), first, n);
-  }
-}
-
-Tensor columns_of(const Tensor& matrix, int64_t first, int64_t n) {
-  Tensor whole = matrix;
-  return n == matrix.size(1) ? matrix : torch::stable::narrow(whole, 1, first, n);
-}
-
-// With rows that each_tile can widen.
-std::vector<Layer> contiguous(const std::vector<Layer>& layers) {
-  std::vector<Layer> out = layers;
-  for (Layer& layer : out) {
-    if (!layer.weight.is_contiguous()) layer.weight = torch::stable::contiguous(layer.weight);
+// fp32 copy of a block of a half matrix.
+Tensor widened(const Tensor& like, const Rows& from, int64_t rows, int64_t columns) {
+  const Tensor out = empty(like, {rows, columns}, ScalarType::Float);
+  for (int64_t t = 0; t < rows; ++t) {
+    micro<float>().widen(from.at(t).data, from.type, columns, floats(out) + t * columns);
   }
   return out;
+}
+
+void narrow(const Tensor& from, const Rows& to) {
+  const int64_t columns = from.size(1);
+  for (int64_t t = 0; t < from.size(0); ++t) {
+    micro<float>().narrow(floats(from) + t * columns, columns, to.at(t).data, to.type);
+  }
+}
+
+// Calls use(first, n) for pieces of `size` rows of W, `columns` of each of which are widened at once.
+template <typename Use>
+void in_pieces(int64_t size, int64_t columns, const Use& use) {
+  const int64_t most = std::max<int64_t>(16, kWidened / std::max<int64_t>(columns, 1));
+  const int64_t parts = (size + most - 1) / most;
+  for (int64_t n = 0; n < parts; ++n) use(size * n / parts, size * (n + 1) / parts - size * n / parts);
 }
 
 template <typename C>
@@ -78,134 +67,143 @@ std::vector<Branch<C>> branches_of(const std::vector<Layer>& layers, const Tenso
   return branches;
 }
 
-template <typename C>
-std::vector<const Branch<C>*> pointers(const std::vector<Branch<C>>& branches) {
-  std::vector<const Branch<C>*> out;
-  for (const Branch<C>& branch : branches) out.push_back(&branch);
-  return out;
+// -- forward
+// -------------------------------------------------------------------------------------------------------------
+
+void base_product(const Tensor& y, const Tensor& x, const Tensor& weight, const MaybeTensor& bias) {
+  if (bias) {
+    addmm_out(y, *bias, x, transposed(weight));
+  } else {
+    mm_out(y, x, transposed(weight));
+  }
 }
 
-// -- base products in the type of x ---------------------------------------------------------------------------------------
+MaybeTensor slice(const MaybeTensor& bias, int64_t first, int64_t size) {
+  if (!bias || bias->size(0) == size) return bias;
+  Tensor whole = *bias;
+  return torch::stable::narrow(whole, 0, first, size);
+}
 
+// x [rows, d_in] and the outputs as matrices.
 template <typename C>
-void forward_blas(const Tensor& x, const std::vector<Layer>& layers, const std::vector<Branch<C>>& branches,
+void forward_rows(const Tensor& x, const std::vector<Layer>& layers, const std::vector<Branch<C>>& branches,
                   const LayerOutputs& out) {
-  std::vector<Rows> ys;
+  const int64_t rows = x.size(0), d_in = x.size(1);
+  const bool widen = must_widen(x.scalar_type()), whole = !widen && in_one_call(x.scalar_type());
+  std::vector<Scratch<C>> zs;
+  std::vector<Grid> grids;
+  std::vector<int64_t> ends;  // of each member's tiles among all
   for (size_t n = 0; n < layers.size(); ++n) {
-    const Tensor right = transposed(layers[n].weight);
-    if (layers[n].bias) {
-      addmm_out(out.ys[n], *layers[n].bias, x, right);
-    } else {
-      mm_out(out.ys[n], x, right);
-    }
-    ys.push_back(rows_in(out.ys[n]));
+    zs.emplace_back(rows * branches[n].rank());
+    grids.emplace_back(rows, layers[n].weight.size(0), d_in);
+    ends.push_back((n == 0 ? 0 : ends.back()) + grids.back().tiles());
+    if (whole) base_product(out.ys[n], x, layers[n].weight, layers[n].bias);
   }
-  add_branches<C>(pointers(branches), rows_in(x), 0, x.size(0), ys, out.hs);
-}
-
-void input_gradient_blas(const std::vector<MaybeTensor>& dys, const std::vector<Layer>& layers, const Tensor& dx) {
-  bool add = false;
-  for (size_t n = 0; n < layers.size(); ++n) {
-    if (!dys[n]) continue;
-    if (add) {
-      addmm_out(dx, dx, *dys[n], layers[n].weight);
-    } else {
-      mm_out(dx, *dys[n], layers[n].weight);
-    }
-    add = true;
-  }
-  if (!add) {
-    Tensor out = dx;
-    torch::stable::zero_(out);
-  }
-}
-
-// -- base products widened to fp32 ------------------------------------------------------------------------------------------
-
-int64_t widest_of(const std::vector<Layer>& layers) {
-  int64_t widest = layers[0].weight.size(1);
-  for (const Layer& layer : layers) widest = std::max(widest, layer.weight.size(0));
-  return widest;
-}
-
-// The first n · columns elements of flat scratch as a matrix.
-Tensor matrix_in(const Tensor& flat, int64_t n, int64_t columns) {
-  Tensor whole = flat;
-  return torch::stable::view(torch::stable::narrow(whole, 0, 0, n * columns), {n, columns});
-}
-
-float* floats(const Tensor& tensor) { return static_cast<float*>(tensor.mutable_data_ptr()); }
-
-void forward_widened(const Tensor& x, const std::vector<Layer>& layers, const std::vector<Branch<float>>& branches,
-                     const LayerOutputs& out) {
-  const int64_t rows = x.size(0), d_in = x.size(1), widest = widest_of(layers);
-  const int64_t stripe = stripe_rows(rows, widest);
-  const Tensor wide_x = empty(x, {stripe * d_in}, ScalarType::Float);
-  const Tensor wide_y = empty(x, {stripe * widest}, ScalarType::Float);
-  for (int64_t first = 0; first < rows; first += stripe) {
-    const int64_t n = std::min(stripe, rows - first);
-    const Tensor left = matrix_in(wide_x, n, d_in);
-    widen(rows_in(x).at(first), n, floats(left));
-    for (size_t member = 0; member < layers.size(); ++member) {
+  project_all<C>(branches, rows_in(x), rows, out.hs, zs);
+  parallel_for(0, ends.back(), 1, [&](int64_t begin, int64_t end) {
+    for (int64_t tile = begin; tile < end; ++tile) {
+      const size_t member = std::upper_bound(ends.begin(), ends.end(), tile) - ends.begin();
       const Layer& layer = layers[member];
-      const Tensor y = matrix_in(wide_y, n, layer.weight.size(0));
-      const MaybeTensor bias =
-          layer.bias ? MaybeTensor(torch::stable::to(*layer.bias, ScalarType::Float)) : std::nullopt;
-      each_tile(layer.weight, [&](const Tensor& tile, int64_t begin, int64_t size) {
-        const Tensor part = columns_of(y, begin, size);
-        if (bias) {
-          Tensor whole = *bias;
-          addmm_out(part, torch::stable::narrow(whole, 0, begin, size), left, transposed(tile));
-        } else {
-          mm_out(part, left, transposed(tile));
+      const Grid& grid = grids[member];
+      const int64_t at = tile - (member == 0 ? 0 : ends[member - 1]);
+      const int64_t row = grid.row(at / grid.column_chunks), n = grid.row(at / grid.column_chunks + 1) - row;
+      const int64_t column = grid.column(at % grid.column_chunks);
+      const int64_t columns = grid.column(at % grid.column_chunks + 1) - column;
+      const C* z = zs[member].get() + row * branches[member].rank();
+      const Rows y = part(rows_in(out.ys[member]), row, column);
+      if (!widen) {
+        if (!whole) {
+          base_product(block(out.ys[member], row, n, column, columns), block(x, row, n, 0, d_in),
+                       block(layer.weight, column, columns, 0, d_in), slice(layer.bias, column, columns));
         }
-      });
-      add_branches<float>({&branches[member]}, rows_in(x).at(first), first, n, {rows_in(y)}, {out.hs[member]});
-      narrow(floats(y), n, rows_in(out.ys[member]).at(first));
-    }
-  }
-}
-
-void backward_widened(const std::vector<MaybeTensor>& dys, const std::vector<Tensor>& hs, const Rows& x,
-                      const std::vector<Layer>& layers, BranchBackward<float>& branches, const Tensor& dx) {
-  const int64_t d_in = dx.size(1), widest = widest_of(layers);
-  const int64_t stripe = stripe_rows(dx.size(0), widest);
-  for (int64_t from = 0; from < branches.chunks();) {
-    const int64_t first = branches.begin(from);
-    int64_t to = from + 1;
-    while (to < branches.chunks() && branches.begin(to + 1) - first <= stripe) ++to;
-    const int64_t n = branches.begin(to) - first;
-    const Tensor wide_dx = empty(dx, {n, d_in}, ScalarType::Float);
-    const Tensor wide_dy = empty(dx, {n * widest}, ScalarType::Float);
-    std::vector<Rows> dy_rows;
-    bool add = false;
-    for (size_t member = 0; member < layers.size(); ++member) {
-      if (!dys[member]) {
-        dy_rows.push_back({nullptr, ScalarType::Float, 0});
+        branches[member].expand(y, n, column, columns, z);
         continue;
       }
-      dy_rows.push_back(rows_in(*dys[member]).at(first));
-      const Tensor left = matrix_in(wide_dy, n, layers[member].weight.size(0));
-      widen(dy_rows.back(), n, floats(left));
-      each_tile(layers[member].weight, [&](const Tensor& tile, int64_t begin, int64_t size) {
-        const Tensor part = columns_of(left, begin, size);
-        if (add) {
-          addmm_out(wide_dx, wide_dx, part, tile);
-        } else {
-          mm_out(wide_dx, part, tile);
-        }
-        add = true;
+      const Tensor left = widened(x, rows_in(x).at(row), n, d_in);
+      const Tensor wide = empty(x, {n, columns}, ScalarType::Float);
+      in_pieces(columns, d_in, [&](int64_t first, int64_t size) {
+        const Tensor weight = widened(x, rows_in(layer.weight).at(column + first), size, d_in);
+        const MaybeTensor bias = slice(layer.bias, column + first, size);
+        base_product(block(wide, 0, n, first, size), left, weight,
+                     bias ? MaybeTensor(torch::stable::to(*bias, ScalarType::Float)) : std::nullopt);
       });
+      branches[member].expand(rows_in(wide), n, column, columns, z);
+      narrow(wide, y);
     }
-    if (!add) std::fill_n(floats(wide_dx), n * d_in, 0.0f);
-    const Rows here = x.data == nullptr ? x : x.at(first);
-    branches.run(from, to, dy_rows, hs, here, rows_in(wide_dx), true);
-    narrow(floats(wide_dx), n, rows_in(dx).at(first));
-    from = to;
+  });
+}
+
+// -- backward
+// ------------------------------------------------------------------------------------------------------------
+
+// dx (+)= dy W
+void base_gradient(const Tensor& dx, const Tensor& dy, const Tensor& weight, bool add) {
+  if (add) {
+    addmm_out(dx, dx, dy, weight);
+  } else {
+    mm_out(dx, dy, weight);
   }
 }
 
-// -- by the type of the arithmetic -------------------------------------------------------------------------------------------
+void clear(const Tensor& tensor) {
+  Tensor out = tensor;
+  torch::stable::zero_(out);
+}
+
+// dys, x and dx as matrices.
+template <typename C>
+void backward_rows(const std::vector<MaybeTensor>& dys, const std::vector<Tensor>& hs, const MaybeTensor& x,
+                   const std::vector<Layer>& layers, const MaybeTensor& dx, BranchBackward<C>& backward) {
+  const bool widen = dx && must_widen(dx->scalar_type()), whole = dx && !widen && in_one_call(dx->scalar_type());
+  std::vector<Rows> dy_rows;
+  for (const MaybeTensor& dy : dys) dy_rows.push_back(rows_or_none(dy));
+  backward.read_dy(dy_rows, hs);
+  if (whole) {
+    bool add = false;
+    for (size_t n = 0; n < layers.size(); ++n) {
+      if (!dys[n]) continue;
+      base_gradient(*dx, *dys[n], layers[n].weight, add);
+      add = true;
+    }
+    if (!add) clear(*dx);
+  }
+  const Grid& grid = backward.grid();
+  parallel_for(0, grid.tiles(), 1, [&](int64_t begin, int64_t end) {
+    for (int64_t tile = begin; tile < end; ++tile) {
+      const int64_t row_chunk = tile / grid.column_chunks, column_chunk = tile % grid.column_chunks;
+      const int64_t row = grid.row(row_chunk), n = grid.row(row_chunk + 1) - row;
+      const int64_t column = grid.column(column_chunk), columns = grid.column(column_chunk + 1) - column;
+      const Rows x_part = part(rows_or_none(x), row, column);
+      if (!dx || whole) {
+        backward.visit(row_chunk, column_chunk, x_part, part(rows_or_none(dx), row, column), true);
+        continue;
+      }
+      const Tensor to = widen ? empty(*dx, {n, columns}, ScalarType::Float) : block(*dx, row, n, column, columns);
+      bool add = false;
+      for (size_t member = 0; member < layers.size(); ++member) {
+        if (!dys[member]) continue;
+        const Tensor& weight = layers[member].weight;
+        const int64_t d_out = weight.size(0);
+        if (widen) {
+          in_pieces(d_out, columns, [&](int64_t first, int64_t size) {
+            base_gradient(to, widened(*dx, part(dy_rows[member], row, first), n, size),
+                          widened(*dx, part(rows_in(weight), first, column), size, columns), add);
+            add = true;
+          });
+        } else {
+          base_gradient(to, block(*dys[member], row, n, 0, d_out), block(weight, 0, d_out, column, columns), add);
+          add = true;
+        }
+      }
+      if (!add) clear(to);
+      backward.visit(row_chunk, column_chunk, x_part, rows_in(to), true);
+      if (widen) narrow(to, part(rows_in(*dx), row, column));
+    }
+  });
+}
+
+// -- by the type of the arithmetic
+// -------------------------------------------------------------------------------------------
 
 bool is_wide(const MaybeTensor& tensor) { return tensor && tensor->scalar_type() == ScalarType::Double; }
 
@@ -236,8 +234,13 @@ Tensor matrix_like(const Tensor& x, int64_t columns, ScalarType type) {
   return torch::stable::new_empty(x, shape, type);
 }
 
-Rows rows_or_none(const MaybeTensor& tensor) {
-  return tensor ? rows_in(*tensor) : Rows{nullptr, ScalarType::Float, 0};
+// With rows that can be widened one by one.
+std::vector<Layer> readable(const std::vector<Layer>& layers, ScalarType type) {
+  std::vector<Layer> out = layers;
+  for (Layer& layer : out) {
+    if (must_widen(type) && !layer.weight.is_contiguous()) layer.weight = torch::stable::contiguous(layer.weight);
+  }
+  return out;
 }
 
 }  // namespace
@@ -259,12 +262,10 @@ LayerOutputs forward(const Tensor& x, const std::vector<Layer>& layers) {
     flat.hs.push_back(rows_of(out.hs.back()));
   }
   if (wide) {
-    forward_blas(rows, layers, branches_of<double>(layers, x), flat);
+    forward_rows(rows, layers, branches_of<double>(layers, x), flat);
     for (size_t n = 0; n < layers.size(); ++n) out.hs[n] = as(out.hs[n], layers[n].branch.A.scalar_type());
-  } else if (must_widen(type)) {
-    forward_widened(rows, contiguous(layers), branches_of<float>(layers, x), flat);
   } else {
-    forward_blas(rows, layers, branches_of<float>(layers, x), flat);
+    forward_rows(rows, readable(layers, type), branches_of<float>(layers, x), flat);
   }
   return out;
 }
@@ -278,36 +279,19 @@ LayerGradients differentiate(const std::vector<MaybeTensor>& dys, const std::vec
                              const Tensor& like) {
   const std::vector<Branch<C>> branches = branches_of<C>(layers, like);
   std::vector<MaybeTensor> dy_rows;
-  std::vector<Rows> dy_data;
-  for (const MaybeTensor& dy : dys) {
-    dy_rows.push_back(dy ? MaybeTensor(rows_of(*dy)) : std::nullopt);
-    dy_data.push_back(rows_or_none(dy_rows.back()));
-  }
+  for (const MaybeTensor& dy : dys) dy_rows.push_back(dy ? MaybeTensor(rows_of(*dy)) : std::nullopt);
   const MaybeTensor x_rows = x ? MaybeTensor(rows_of(*x)) : std::nullopt;
-  const int64_t d_in = layers[0].branch.A.size(1);
   int64_t rows = 1;
   for (int64_t axis = 0; axis + 1 < like.dim(); ++axis) rows *= like.size(axis);
 
   BranchBackward<C> backward(branches, asked, rows, need_dx);
   LayerGradients out;
-  if (need_dx) out.dx = matrix_like(like, d_in, like.scalar_type());
-  bool done = false;
-  if constexpr (sizeof(C) == 4) {
-    if (need_dx && must_widen(like.scalar_type())) {
-      backward_widened(dy_rows, hs, rows_or_none(x_rows), contiguous(layers), backward, rows_of(*out.dx));
-      done = true;
-    }
+  MaybeTensor flat;
+  if (need_dx) {
+    out.dx = matrix_like(like, layers[0].branch.A.size(1), like.scalar_type());
+    flat = rows_of(*out.dx);
   }
-  if (!done) {
-    Rows dx{nullptr, ScalarType::Float, 0};
-    MaybeTensor flat;
-    if (need_dx) {
-      flat = rows_of(*out.dx);
-      input_gradient_blas(dy_rows, layers, *flat);
-      dx = rows_in(*flat);
-    }
-    backward.run(0, backward.chunks(), dy_data, hs, rows_or_none(x_rows), dx, true);
-  }
+  backward_rows(dy_rows, hs, x_rows, readable(layers, like.scalar_type()), flat, backward);
   for (size_t n = 0; n < layers.size(); ++n) out.branches.push_back(backward.finish(n));
   return out;
 }
@@ -326,12 +310,30 @@ LayerGradients backward(const std::vector<MaybeTensor>& dys, const std::vector<T
   std::vector<Tensor> wide_hs;
   for (const MaybeTensor& dy : dys) wide_dys.push_back(as(dy, ScalarType::Double));
   for (const Tensor& h : hs) wide_hs.push_back(as(h, ScalarType::Double));
-  LayerGradients out = differentiate<double>(wide_dys, wide_hs, as(x, ScalarType::Double),
-                                             as(layers, ScalarType::Double), need_dx, asked,
-                                             as(**used, ScalarType::Double));
+  LayerGradients out =
+      differentiate<double>(wide_dys, wide_hs, as(x, ScalarType::Double), as(layers, ScalarType::Double), need_dx,
+                            asked, as(**used, ScalarType::Double));
   out.dx = as(out.dx, type);
   return out;
 }
+
+namespace {
+
+template <typename C>
+void add_branch(const Operands& operands, const Tensor& x, const Tensor& y, const Tensor& h) {
+  std::vector<Branch<C>> branches;
+  branches.emplace_back(operands, x);
+  const Tensor x_rows = rows_of(x), y_rows = rows_of(y);
+  const int64_t rows = x_rows.size(0), d_out = y_rows.size(1);
+  std::vector<Scratch<C>> zs;
+  zs.emplace_back(rows * branches[0].rank());
+  project_all<C>(branches, rows_in(x_rows), rows, {h}, zs);
+  parallel_for(0, rows, 64, [&](int64_t begin, int64_t end) {
+    branches[0].expand(rows_in(y_rows).at(begin), end - begin, 0, d_out, zs[0].get() + begin * branches[0].rank());
+  });
+}
+
+}  // namespace
 
 LayerOutputs accumulate(const Tensor& y, const Tensor& x, const Operands& operands) {
   const bool wide = is_wide(y) || is_wide(x) || is_wide(operands.A);
@@ -340,13 +342,10 @@ LayerOutputs accumulate(const Tensor& y, const Tensor& x, const Operands& operan
   Tensor out = wide && !is_wide(y) ? as(y, ScalarType::Double) : torch::stable::clone(y);
   if (!out.is_contiguous()) out = torch::stable::contiguous(out);
   const Tensor h = matrix_like(x, operands.A.size(0), wide ? ScalarType::Double : type);
-  const Tensor in_rows = rows_of(input), out_rows = rows_of(out), h_rows = rows_of(h);
   if (wide) {
-    const Branch<double> branch(operands, x);
-    add_branches<double>({&branch}, rows_in(in_rows), 0, in_rows.size(0), {rows_in(out_rows)}, {h_rows});
+    add_branch<double>(operands, input, out, h);
   } else {
-    const Branch<float> branch(operands, x);
-    add_branches<float>({&branch}, rows_in(in_rows), 0, in_rows.size(0), {rows_in(out_rows)}, {h_rows});
+    add_branch<float>(operands, input, out, h);
   }
   return {{as(out, y.scalar_type())}, {as(h, type)}};
 }
@@ -368,7 +367,15 @@ LayerGradients differentiate_branch(const Tensor& dy, const Tensor& h, const May
     out.dx = matrix_like(dy, operands.A.size(1), dx_type);
     flat = rows_of(*out.dx);
   }
-  backward.run(0, backward.chunks(), {rows_in(dy_rows)}, {h}, rows_or_none(x_rows), rows_or_none(flat), false);
+  backward.read_dy({rows_in(dy_rows)}, {h});
+  const Grid& grid = backward.grid();
+  parallel_for(0, need_dx || asked.A ? grid.tiles() : 0, 1, [&](int64_t begin, int64_t end) {
+    for (int64_t tile = begin; tile < end; ++tile) {
+      const int64_t row = tile / grid.column_chunks, column = tile % grid.column_chunks;
+      backward.visit(row, column, part(rows_or_none(x_rows), grid.row(row), grid.column(column)),
+                     part(rows_or_none(flat), grid.row(row), grid.column(column)), false);
+    }
+  });
   out.branches.push_back(backward.finish(0));
   return out;
 }

@@ -16,10 +16,10 @@ inline std::vector<Layer> members(const Tensors& weights, const MaybeTensors& bi
                                   const MaybeTensors& merge_weights) {
   std::vector<Layer> layers;
   for (size_t n = 0; n < weights.size(); ++n) {
-    layers.push_back({weights[n],
-                      biases.empty() ? std::nullopt : biases[n],
-                      {A[n], B[n], scales[n], gates[n], mixes[n], dropout_ps[n], seeds[n], merged_Bs[n],
-                       merge_weights[n]}});
+    layers.push_back(
+        {weights[n],
+         biases.empty() ? std::nullopt : biases[n],
+         {A[n], B[n], scales[n], gates[n], mixes[n], dropout_ps[n], seeds[n], merged_Bs[n], merge_weights[n]}});
   }
   return layers;
 }

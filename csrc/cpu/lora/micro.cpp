@@ -19,9 +19,8 @@ Level probe() {
   const char* wish = std::getenv("ATEN_CPU_CAPABILITY");
   const bool any = wish == nullptr || std::strcmp(wish, "default") != 0;
   const bool wide = any && (wish == nullptr || std::strcmp(wish, "avx2") != 0);
-  const bool avx2 =
-      __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma") && __builtin_cpu_supports("f16c") &&
-      __builtin_cpu_supports("bmi2");
+  const bool avx2 = __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma") && __builtin_cpu_supports("f16c") &&
+                    __builtin_cpu_supports("bmi2");
   const bool avx512 = avx2 && __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") &&
                       __builtin_cpu_supports("avx512dq") && __builtin_cpu_supports("avx512vl");
   if (wide && avx512) return Level::kAvx512;

@@ -49,8 +49,8 @@ struct Micro {
   void (*widen)(const void* from, torch::headeronly::ScalarType type, int64_t n, C* to);
   void (*narrow)(const C* from, int64_t n, void* to, torch::headeronly::ScalarType type);
 
-  // Gated activations of an MLP, n contiguous elements of C: out = act(g) u; and from da: g ← dg, u ← du, both in place,
-  // with out = act(g) u as before.
+  // Gated activations of an MLP, n contiguous elements of C: out = act(g) u; and from da: g ← dg, u ← du, both in
+  // place, with out = act(g) u as before.
   void (*gated)(const C* g, const C* u, int64_t n, bool gelu, C* out);
   void (*gated_backward)(const C* da, C* g, C* u, int64_t n, bool gelu, C* out);
 };
@@ -80,8 +80,6 @@ inline int64_t element_size(torch::headeronly::ScalarType type) {
   return type == ScalarType::Double ? 8 : type == ScalarType::Float ? 4 : 2;
 }
 
-inline Rows Rows::at(int64_t row) const {
-  return {static_cast<char*>(data) + row * ld * element_size(type), type, ld};
-}
+inline Rows Rows::at(int64_t row) const { return {static_cast<char*>(data) + row * ld * element_size(type), type, ld}; }
 
 }  // namespace mbf::cpu

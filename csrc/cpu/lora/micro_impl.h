@@ -43,7 +43,8 @@ MBF_INLINE Vec<C> broadcast(C value) {
   return value - Vec<C>{};
 }
 
-// -- loads and stores, whole and partial --------------------------------------------------------------------------------
+// -- loads and stores, whole and partial
+// --------------------------------------------------------------------------------
 
 MBF_INLINE Vec<float> load(const float* p) { return *reinterpret_cast<const Vector<float>::unaligned*>(p); }
 MBF_INLINE Vec<double> load(const double* p) { return *reinterpret_cast<const Vector<double>::unaligned*>(p); }
@@ -102,7 +103,8 @@ MBF_INLINE void store_first(T* p, Vec<C> v, int64_t n) {
   __builtin_memcpy(p, padded, n * sizeof(T));
 }
 
-// -- dropout ------------------------------------------------------------------------------------------------------------
+// -- dropout
+// ------------------------------------------------------------------------------------------------------------
 
 // v where bit `position + lane` of the stream is set, else 0.
 template <typename C>
@@ -150,7 +152,8 @@ MBF_INLINE uint8_t mask_byte(uint32_t key0, uint32_t key1, uint64_t block, uint3
 }
 
 #if MBF_BYTES == 64
-// Eight blocks, one a 64-bit lane: a product reads the low halves only, so what stands in the high ones does not matter.
+// Eight blocks, one a 64-bit lane: a product reads the low halves only, so what stands in the high ones does not
+// matter.
 MBF_INLINE void mask_8_bytes(uint32_t key0, uint32_t key1, __m512i counter, uint32_t high, __m512i threshold,
                              uint8_t* out) {
   const __m512i m0 = _mm512_set1_epi64(kMultiplier0), m1 = _mm512_set1_epi64(kMultiplier1);
@@ -223,7 +226,8 @@ void mask_bits(uint64_t seed, uint32_t threshold, uint64_t first, int64_t blocks
   for (; n < blocks; ++n) bits[n] = mask_byte(key0, key1, first + n, threshold);
 }
 
-// -- project ------------------------------------------------------------------------------------------------------------
+// -- project
+// ------------------------------------------------------------------------------------------------------------
 
 template <typename C>
 MBF_INLINE C sum(Vec<C> v) {
@@ -262,8 +266,8 @@ MBF_INLINE void sum_4(const Vec<C> v[4], C out[4]) {
 constexpr int64_t kDotColumns = 1024;
 
 template <typename C, typename T, int R, int J>
-MBF_INLINE void dot_tile(const T* x, int64_t ldx, int64_t columns, const C* a, int64_t lda, Mask mask, C* h, int64_t ldh,
-                         bool add) {
+MBF_INLINE void dot_tile(const T* x, int64_t ldx, int64_t columns, const C* a, int64_t lda, Mask mask, C* h,
+                         int64_t ldh, bool add) {
   Vec<C> s[R][J];
   MBF_UNROLL
   for (int t = 0; t < R; ++t) {
@@ -320,8 +324,8 @@ MBF_INLINE void dot_tile(const T* x, int64_t ldx, int64_t columns, const C* a, i
 
 // All rows against J rows of a.
 template <typename C, typename T, int J>
-__attribute__((noinline)) void dot_ranks(const T* x, int64_t ldx, int64_t rows, int64_t columns, const C* a, int64_t lda,
-                                         Mask mask, C* h, int64_t ldh) {
+__attribute__((noinline)) void dot_ranks(const T* x, int64_t ldx, int64_t rows, int64_t columns, const C* a,
+                                         int64_t lda, Mask mask, C* h, int64_t ldh) {
   const int64_t parts = (columns + kDotColumns - 1) / kDotColumns;
   const int64_t part = ((columns + parts - 1) / parts + kLanes<C> - 1) / kLanes<C> * kLanes<C>;
   for (int64_t i = 0; i < columns; i += part) {
@@ -350,7 +354,8 @@ void project_rows(const T* x, int64_t ldx, int64_t rows, int64_t columns, const 
   for (; j < r; ++j) dot_ranks<C, T, 1>(x, ldx, rows, columns, a + j * lda, lda, mask, h + j, r);
 }
 
-// -- expand and outer: c[i, :] (+)= Σ_k a[i, k] b[k, :] on R × N vectors ----------------------------------------------------
+// -- expand and outer: c[i, :] (+)= Σ_k a[i, k] b[k, :] on R × N vectors
+// ----------------------------------------------------
 
 enum class Masked { kNothing, kFactor, kProduct };
 
@@ -402,8 +407,9 @@ MBF_INLINE void product_tile(int64_t depth, const C* a, int64_t ai, int64_t ak, 
 
 // All of c's columns for R of its rows at a time; rows run inside columns, so that b's panel stays in the first cache.
 template <typename C, typename B, typename Out, int N, Masked masked>
-__attribute__((noinline)) void product_panel(int64_t rows, int64_t depth, const C* a, int64_t ai, int64_t ak, const B* b,
-                                             int64_t ldb, Out* c, int64_t ldc, Mask mask, bool add, int64_t last) {
+__attribute__((noinline)) void product_panel(int64_t rows, int64_t depth, const C* a, int64_t ai, int64_t ak,
+                                             const B* b, int64_t ldb, Out* c, int64_t ldc, Mask mask, bool add,
+                                             int64_t last) {
   int64_t i = 0;
   const auto tile = [&](auto size) __attribute__((always_inline)) {
     constexpr int R = decltype(size)::value;
@@ -456,7 +462,8 @@ void outer_rows(const T* x, int64_t ldx, int64_t rows, int64_t columns, const C*
   }
 }
 
-// -- the MLP's activation -----------------------------------------------------------------------------------------------
+// -- the MLP's activation
+// -----------------------------------------------------------------------------------------------
 
 // exp to about one unit in the last place: 2^n · P(remainder), n = round(x / ln 2). Arguments beyond ±87 are clamped.
 MBF_INLINE Vec<float> exponential(Vec<float> x) {
@@ -535,7 +542,8 @@ void gated_backward(const C* da, C* g, C* u, int64_t n, bool gelu, C* out) {
   });
 }
 
-// -- by the type of the activations --------------------------------------------------------------------------------------
+// -- by the type of the activations
+// --------------------------------------------------------------------------------------
 
 template <typename C, typename Use>
 MBF_INLINE void with_type(ScalarType type, void* data, const Use& use) {
@@ -556,7 +564,8 @@ void project(Rows x, int64_t rows, int64_t columns, const C* a, int64_t lda, int
 }
 
 template <typename C>
-void expand(Rows y, int64_t rows, int64_t columns, const C* z, int64_t r, const C* e, int64_t lde, Mask mask, bool add) {
+void expand(Rows y, int64_t rows, int64_t columns, const C* z, int64_t r, const C* e, int64_t lde, Mask mask,
+            bool add) {
   with_type<C>(y.type, y.data, [&](auto* p) { expand_rows<C>(p, y.ld, rows, columns, z, r, e, lde, mask, add); });
 }
 
@@ -587,7 +596,7 @@ void narrow(const C* from, int64_t n, void* to, ScalarType type) {
 
 template <typename C>
 const Micro<C>& micro() {
-  static constexpr Micro<C> table = {kLanes<C>, project<C>, expand<C>, outer<C>,          mask_bits,
+  static constexpr Micro<C> table = {kLanes<C>, project<C>, expand<C>, outer<C>,         mask_bits,
                                      widen<C>,  narrow<C>,  gated<C>,  gated_backward<C>};
   return table;
 }

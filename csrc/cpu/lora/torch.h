@@ -27,8 +27,7 @@ inline void mm_out(const Tensor& out, const Tensor& left, const Tensor& right) {
 
 // out = addend + left right; out may be the addend itself.
 inline void addmm_out(const Tensor& out, const Tensor& addend, const Tensor& left, const Tensor& right) {
-  STABLE_TORCH_ERROR_CODE_CHECK(
-      aoti_torch_cpu_addmm_out(out.get(), addend.get(), left.get(), right.get(), 1.0, 1.0));
+  STABLE_TORCH_ERROR_CODE_CHECK(aoti_torch_cpu_addmm_out(out.get(), addend.get(), left.get(), right.get(), 1.0, 1.0));
 }
 
 inline Tensor transposed(const Tensor& matrix) { return torch::stable::transpose(matrix, 0, 1); }

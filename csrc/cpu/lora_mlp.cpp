@@ -1,12 +1,18 @@
 // lora_mlp and its backward: y = down(act(gate(x)) ⊙ up(x)), three layers with branches of their own.
 //
-// Forward keeps g = gate(x) and u = up(x), or nothing of that width where they are to be made again. The product
-// a = act(g) ⊙ u lives only until down has read it; backward makes it again in the pass that turns da into dg and du.
+// A thread takes a chunk of rows through all three layers, so that g, u and a = act(g) ⊙ u are still in its cache when
+// the next layer reads them, and of a, da, dg and du there is never more than a chunk. Forward keeps g and u, or
+// neither where they are to be made again; a is made again in backward in any case. With fewer chunks than threads, and
+// where the base product is one call for all rows, the layers run one after the other over all rows instead; the bits
+// are the same.
 
 #include <algorithm>
+#include <array>
+#include <atomic>
 
 #include "kernels.h"
 #include "lora/members.h"
+#include "lora/passes.h"
 
 namespace mbf::cpu {
 namespace {
@@ -21,50 +27,42 @@ bool is_gelu(const std::string& activation) {
   return activation == "gelu_tanh";
 }
 
-// Elements through fp32 (or fp64) scratch, a first-level cacheful at a time.
-template <typename C, typename Use>
-void over(int64_t size, const Use& use) {
+// Calls use(first element, their number, C* ...) for pieces of the tensors as C: in place where that is their type,
+// through a first-level cacheful of scratch elsewhere. The first `inputs` are read, the others written.
+template <typename C, size_t tensors, typename Use>
+void over(const std::array<Tensor, tensors>& all, size_t inputs, const Use& use) {
   constexpr int64_t kSome = 1024;
-  parallel_for(0, size, kGrain, [&](int64_t begin, int64_t end) {
-    Scratch<C> scratch(4 * kSome);
-    for (int64_t i = begin; i < end; i += kSome) use(i, std::min(kSome, end - i), scratch.get(), kSome);
+  const Micro<C>& inner = micro<C>();
+  const ScalarType type = all[0].scalar_type();
+  const bool direct = element_size(type) == sizeof(C);
+  std::array<Rows, tensors> rows;
+  for (size_t k = 0; k < tensors; ++k) rows[k] = {all[k].mutable_data_ptr(), type, 1};
+  parallel_for(0, all[0].numel(), kGrain, [&](int64_t begin, int64_t end) {
+    Scratch<C> scratch(direct ? 0 : tensors * kSome);
+    for (int64_t i = begin; i < end; i += kSome) {
+      const int64_t n = std::min(kSome, end - i);
+      std::array<C*, tensors> at;
+      for (size_t k = 0; k < tensors; ++k) {
+        at[k] = direct ? static_cast<C*>(rows[k].at(i).data) : scratch.get() + k * kSome;
+        if (!direct && k < inputs) inner.widen(rows[k].at(i).data, type, n, at[k]);
+      }
+      use(n, at);
+      for (size_t k = inputs; k < tensors && !direct; ++k) inner.narrow(at[k], n, rows[k].at(i).data, type);
+    }
   });
-}
-
-const char* at(const Tensor& tensor, int64_t n) {
-  return static_cast<const char*>(tensor.const_data_ptr()) + n * element_size(tensor.scalar_type());
-}
-
-char* mutable_at(const Tensor& tensor, int64_t n) {
-  return static_cast<char*>(tensor.mutable_data_ptr()) + n * element_size(tensor.scalar_type());
 }
 
 template <typename C>
 void gated(const Tensor& g, const Tensor& u, bool gelu, const Tensor& a) {
-  const Micro<C>& inner = micro<C>();
-  const ScalarType type = g.scalar_type();
-  over<C>(g.numel(), [&](int64_t i, int64_t n, C* scratch, int64_t some) {
-    C *wide_g = scratch, *wide_u = scratch + some;
-    inner.widen(at(g, i), type, n, wide_g);
-    inner.widen(at(u, i), type, n, wide_u);
-    inner.gated(wide_g, wide_u, n, gelu, wide_g);
-    inner.narrow(wide_g, n, mutable_at(a, i), type);
-  });
+  over<C, 3>({g, u, a}, 2,
+             [&](int64_t n, const std::array<C*, 3>& at) { micro<C>().gated(at[0], at[1], n, gelu, at[2]); });
 }
 
-// a again, and dg, du from da.
+// dg and du may be da, g or u themselves.
 template <typename C>
 void gated_backward(const Tensor& g, const Tensor& u, const Tensor& da, bool gelu, const Tensor& dg, const Tensor& du) {
-  const Micro<C>& inner = micro<C>();
-  const ScalarType type = g.scalar_type();
-  over<C>(g.numel(), [&](int64_t i, int64_t n, C* scratch, int64_t some) {
-    C *wide_g = scratch, *wide_u = scratch + some, *wide_d = scratch + 2 * some, *unused = scratch + 3 * some;
-    inner.widen(at(g, i), type, n, wide_g);
-    inner.widen(at(u, i), type, n, wide_u);
-    inner.widen(at(da, i), type, n, wide_d);
-    inner.gated_backward(wide_d, wide_g, wide_u, n, gelu, unused);
-    inner.narrow(wide_g, n, mutable_at(dg, i), type);
-    inner.narrow(wide_u, n, mutable_at(du, i), type);
+  over<C, 5>({g, u, da, dg, du}, 3, [&](int64_t n, const std::array<C*, 5>& at) {
+    micro<C>().gated_backward(at[2], at[0], at[1], n, gelu, at[3], at[4]);
   });
 }
 
@@ -74,18 +72,205 @@ Tensor activated(const Tensor& g, const Tensor& u, bool gelu) {
   return a;
 }
 
+// Scratch matrices for every thread, made by the thread that calls: one that a worker made would come from an arena of
+// its own, whose pages go back to the system after every call.
+class Workspaces {
+ public:
+  Workspaces(const Tensor& like, int64_t count, int64_t rows, int64_t columns, ScalarType type)
+      : like_(like), count_(count), rows_(rows), columns_(columns), type_(type) {
+    for (uint32_t n = 0; n < torch::stable::get_num_threads(); ++n) ready_.push_back(make());
+  }
+
+  // For a thread to keep; safe to call from several.
+  Tensors take() {
+    const size_t n = next_.fetch_add(1);
+    return n < ready_.size() ? ready_[n] : make();
+  }
+
+ private:
+  Tensors make() const {
+    Tensors out;
+    for (int64_t n = 0; n < count_; ++n) out.push_back(empty(like_, {rows_, columns_}, type_));
+    return out;
+  }
+
+  const Tensor& like_;
+  int64_t count_, rows_, columns_;
+  ScalarType type_;
+  std::vector<Tensors> ready_;
+  std::atomic<size_t> next_{0};
+};
+
+struct Mlp {
+  std::vector<Layer> inner, outer;
+  bool gelu;
+  int64_t rows, d_in, d_ff, d_out;
+  ScalarType type;
+
+  Mlp(const Tensor& x, const std::vector<Layer>& layers, bool gelu)
+      : inner{layers[0], layers[1]},
+        outer{layers[2]},
+        gelu(gelu),
+        rows(rows_of(x).size(0)),
+        d_in(layers[0].weight.size(1)),
+        d_ff(layers[0].weight.size(0)),
+        d_out(layers[2].weight.size(0)),
+        type(x.scalar_type()) {
+    inner = readable(inner, type);
+    outer = readable(outer, type);
+  }
+
+  // Whether a thread is to take a chunk through all layers.
+  bool by_chunks() const {
+    const bool wide = type == ScalarType::Double;
+    for (const auto* layers : {&inner, &outer}) {
+      for (const Layer& layer : *layers) {
+        if ((layer.branch.A.scalar_type() == ScalarType::Double) != wide) return false;
+      }
+    }
+    if (in_one_call(type) && !must_widen(type)) return false;
+    return grid(d_ff, d_in).row_chunks >= static_cast<int64_t>(torch::stable::get_num_threads());
+  }
+  Grid grid(int64_t columns, int64_t depth) const { return Grid(rows, columns, depth); }
+  Workspaces workspaces(const Tensor& x, int64_t count) const {
+    const Grid chunks = grid(d_ff, d_in);
+    return Workspaces(x, count, (rows + chunks.row_chunks - 1) / chunks.row_chunks, d_ff, type);
+  }
+};
+
+Tensor like_with(const Tensor& x, int64_t columns, ScalarType type) {
+  std::vector<int64_t> shape = shape_of(x);
+  shape.back() = columns;
+  return torch::stable::new_empty(x, shape, type);
+}
+
+// -- forward --------------------------------------------------------------------------------------------------
+
+template <typename C>
+Tensors forward_chunks(const Tensor& x, const Mlp& mlp, bool recompute) {
+  const std::vector<Branch<C>> inner = branches_of<C>(mlp.inner, x), outer = branches_of<C>(mlp.outer, x);
+  const auto h = [&](const Layer& layer) { return like_with(x, layer.branch.A.size(0), layer.branch.A.scalar_type()); };
+  const auto kept = [&] { return recompute ? torch::stable::new_empty(x, {0}) : like_with(x, mlp.d_ff, mlp.type); };
+  const Tensors out{
+      like_with(x, mlp.d_out, mlp.type), kept(), kept(), h(mlp.inner[0]), h(mlp.inner[1]), h(mlp.outer[0])};
+  const Tensor x_rows = rows_of(x), y_rows = rows_of(out[0]);
+  const Tensors hs{rows_of(out[3]), rows_of(out[4])}, outer_hs{rows_of(out[5])};
+  const std::vector<Grid> grids(2, mlp.grid(mlp.d_ff, mlp.d_in)), outer_grids{mlp.grid(mlp.d_out, mlp.d_ff)};
+  const Grid& grid = grids[0];
+  Workspaces workspaces = mlp.workspaces(x, recompute ? 2 : 1);
+  parallel_for(0, grid.row_chunks, 1, [&](int64_t begin, int64_t end) {
+    const Tensors own = workspaces.take();
+    for (int64_t chunk = begin; chunk < end; ++chunk) {
+      const int64_t row = grid.row(chunk), n = grid.row(chunk + 1) - row;
+      const auto place = [&](const Tensor& whole, const Tensor& scratch) {
+        return recompute ? block(scratch, 0, n, 0, mlp.d_ff) : block(rows_of(whole), row, n, 0, mlp.d_ff);
+      };
+      const Tensor g = place(out[1], own[0]), u = place(out[2], own.back());
+      forward_chunk(mlp.inner, inner, row, block(x_rows, row, n, 0, mlp.d_in), {g, u}, grids, hs);
+      const Tensor a = block(own[0], 0, n, 0, mlp.d_ff);
+      gated<C>(g, u, mlp.gelu, a);
+      forward_chunk(mlp.outer, outer, row, a, {block(y_rows, row, n, 0, mlp.d_out)}, outer_grids, outer_hs);
+    }
+  });
+  return out;
+}
+
+Tensors forward_layers(const Tensor& x, const Mlp& mlp, bool recompute) {
+  const LayerOutputs inner = forward(x, mlp.inner);
+  const LayerOutputs outer = forward(activated(inner.ys[0], inner.ys[1], mlp.gelu), mlp.outer);
+  const auto kept = [&](const Tensor& tensor) { return recompute ? torch::stable::new_empty(x, {0}) : tensor; };
+  return {outer.ys[0], kept(inner.ys[0]), kept(inner.ys[1]), inner.hs[0], inner.hs[1], outer.hs[0]};
+}
+
+// -- backward -------------------------------------------------------------------------------------------------
+
+struct MlpGradients {
+  LayerGradients inner, outer;
+};
+
+template <typename C>
+MlpGradients backward_chunks(const Tensor& dy, const Tensor& x, const MaybeTensor& g, const MaybeTensor& u,
+                             const Tensors& hs, const Mlp& mlp, bool need_dx, const std::vector<Asked>& asked) {
+  const std::vector<Branch<C>> inner = branches_of<C>(mlp.inner, x), outer = branches_of<C>(mlp.outer, x);
+  const std::vector<Asked> inner_asked{asked[0], asked[1]}, outer_asked{asked[2]};
+  const bool need_inner = need_dx || asked[0].any() || asked[1].any(), again = !g || !u;
+  BranchBackward<C> inner_back(inner, inner_asked, {true, true}, mlp.rows, need_dx);
+  BranchBackward<C> outer_back(outer, outer_asked, {true}, mlp.rows, need_inner);
+  MlpGradients out;
+  MaybeTensor dx;
+  if (need_dx) {
+    out.inner.dx = like_with(x, mlp.d_in, mlp.type);
+    dx = rows_of(*out.inner.dx);
+  }
+  const Tensor dy_rows = rows_of(dy), x_rows = rows_of(x);
+  const std::vector<Grid> grids(2, mlp.grid(mlp.d_ff, mlp.d_in));
+  const Grid &grid = inner_back.grid(), &outer_grid = outer_back.grid();
+  Workspaces workspaces = mlp.workspaces(x, again ? 4 : 2);
+  parallel_for(0, grid.row_chunks, 1, [&](int64_t begin, int64_t end) {
+    const Tensors own = workspaces.take();
+    for (int64_t chunk = begin; chunk < end; ++chunk) {
+      const int64_t row = grid.row(chunk), n = grid.row(chunk + 1) - row;
+      const auto scratch = [&](size_t k) { return block(own[k], 0, n, 0, mlp.d_ff); };
+      const Tensor x_block = block(x_rows, row, n, 0, mlp.d_in), dy_block = block(dy_rows, row, n, 0, mlp.d_out);
+      const Tensor g_block = again ? scratch(2) : block(rows_of(*g), row, n, 0, mlp.d_ff);
+      const Tensor u_block = again ? scratch(3) : block(rows_of(*u), row, n, 0, mlp.d_ff);
+      if (again) forward_chunk(mlp.inner, inner, row, x_block, {g_block, u_block}, grids, {});
+      const Tensor a = scratch(0);
+      if (asked[2].A) gated<C>(g_block, u_block, mlp.gelu, a);
+      const MaybeTensor da = need_inner ? MaybeTensor(scratch(1)) : std::nullopt;
+      outer_back.read_dy(chunk, {rows_in(dy_block)}, {hs[2]});
+      for (int64_t column = 0; column < outer_grid.column_chunks; ++column) {
+        backward_tile(mlp.outer, outer_back, chunk, column, {dy_block}, a, da, true);
+      }
+      if (!need_inner) continue;
+      const Tensor &dg = *da, &du = a;
+      gated_backward<C>(g_block, u_block, *da, mlp.gelu, dg, du);
+      inner_back.read_dy(chunk, {rows_in(dg), rows_in(du)}, {hs[0], hs[1]});
+      const MaybeTensor dx_block = dx ? MaybeTensor(block(*dx, row, n, 0, mlp.d_in)) : std::nullopt;
+      for (int64_t column = 0; column < grid.column_chunks; ++column) {
+        backward_tile(mlp.inner, inner_back, chunk, column, {dg, du}, x_block, dx_block, true);
+      }
+    }
+  });
+  for (size_t n = 0; n < 2; ++n) out.inner.branches.push_back(inner_back.finish(n));
+  out.outer.branches.push_back(outer_back.finish(0));
+  return out;
+}
+
+MlpGradients backward_layers(const Tensor& dy, const Tensor& x, MaybeTensor g, MaybeTensor u, const Tensors& hs,
+                             const Mlp& mlp, bool need_dx, const std::vector<Asked>& asked) {
+  if (!g || !u) {
+    const LayerOutputs again = forward(x, mlp.inner);
+    g = again.ys[0];
+    u = again.ys[1];
+  }
+  const bool need_inner = need_dx || asked[0].any() || asked[1].any();
+  const MaybeTensor a = asked[2].A ? MaybeTensor(activated(*g, *u, mlp.gelu)) : std::nullopt;
+  MlpGradients out;
+  out.outer = backward({dy}, {hs[2]}, a, mlp.outer, need_inner, {asked[2]});
+  out.inner.branches.resize(2);
+  if (!need_inner) return out;
+  const Tensor dg = torch::stable::new_empty(*g, shape_of(*g), g->scalar_type());
+  const Tensor du = torch::stable::new_empty(*u, shape_of(*u), u->scalar_type());
+  if (g->scalar_type() == ScalarType::Double) {
+    gated_backward<double>(*g, *u, *out.outer.dx, mlp.gelu, dg, du);
+  } else {
+    gated_backward<float>(*g, *u, *out.outer.dx, mlp.gelu, dg, du);
+  }
+  out.inner = backward({dg, du}, {hs[0], hs[1]}, x, mlp.inner, need_dx, {asked[0], asked[1]});
+  return out;
+}
+
 }  // namespace
 
 Tensors lora_mlp(Tensor x, Tensors weights, MaybeTensors biases, Tensors A, Tensors B, std::vector<double> scales,
                  MaybeTensors gates, MaybeTensors mixes, std::vector<double> dropout_ps, MaybeTensors seeds,
                  MaybeTensors merged_Bs, MaybeTensors merge_weights, std::string activation, bool recompute) {
-  const bool gelu = is_gelu(activation);
-  const std::vector<Layer> layers =
-      members(weights, biases, A, B, scales, gates, mixes, dropout_ps, seeds, merged_Bs, merge_weights);
-  const LayerOutputs inner = forward(x, {layers[0], layers[1]});
-  const LayerOutputs outer = forward(activated(inner.ys[0], inner.ys[1], gelu), {layers[2]});
-  const auto kept = [&](const Tensor& tensor) { return recompute ? torch::stable::new_empty(x, {0}) : tensor; };
-  return {outer.ys[0], kept(inner.ys[0]), kept(inner.ys[1]), inner.hs[0], inner.hs[1], outer.hs[0]};
+  const Mlp mlp(x, members(weights, biases, A, B, scales, gates, mixes, dropout_ps, seeds, merged_Bs, merge_weights),
+                is_gelu(activation));
+  if (!mlp.by_chunks()) return forward_layers(x, mlp, recompute);
+  return mlp.type == ScalarType::Double ? forward_chunks<double>(x, mlp, recompute)
+                                        : forward_chunks<float>(x, mlp, recompute);
 }
 
 Tensors lora_mlp_backward(Tensor dy, Tensor x, MaybeTensor g, MaybeTensor u, Tensors hs, Tensors weights,
@@ -93,34 +278,19 @@ Tensors lora_mlp_backward(Tensor dy, Tensor x, MaybeTensor g, MaybeTensor u, Ten
                           MaybeTensors mixes, std::vector<double> dropout_ps, MaybeTensors seeds,
                           MaybeTensors merged_Bs, MaybeTensors merge_weights, std::string activation,
                           std::vector<bool> needs) {
-  const bool gelu = is_gelu(activation);
-  const std::vector<Layer> layers =
-      members(weights, biases, A, B, scales, gates, mixes, dropout_ps, seeds, merged_Bs, merge_weights);
-  const std::vector<Layer> inner{layers[0], layers[1]};
+  const Mlp mlp(x, members(weights, biases, A, B, scales, gates, mixes, dropout_ps, seeds, merged_Bs, merge_weights),
+                is_gelu(activation));
   const std::vector<Asked> asked = asked_of_members(needs);
-  if (!g || !u) {
-    const LayerOutputs again = forward(x, inner);
-    g = again.ys[0];
-    u = again.ys[1];
-  }
-  const bool need_inner = needs[0] || asked[0].any() || asked[1].any();
-  const MaybeTensor a = asked[2].A ? MaybeTensor(activated(*g, *u, gelu)) : std::nullopt;
-  const LayerGradients outer = backward({dy}, {hs[2]}, a, {layers[2]}, need_inner, {asked[2]});
-  LayerGradients rest{std::nullopt, std::vector<BranchGradients>(2)};
-  if (need_inner) {
-    const Tensor dg = torch::stable::new_empty(*g, shape_of(*g), g->scalar_type());
-    const Tensor du = torch::stable::new_empty(*u, shape_of(*u), u->scalar_type());
-    if (g->scalar_type() == ScalarType::Double) {
-      gated_backward<double>(*g, *u, *outer.dx, gelu, dg, du);
-    } else {
-      gated_backward<float>(*g, *u, *outer.dx, gelu, dg, du);
-    }
-    rest = backward({dg, du}, {hs[0], hs[1]}, x, inner, needs[0], {asked[0], asked[1]});
-  }
+  const auto differentiate = [&] {
+    if (!mlp.by_chunks()) return backward_layers(dy, x, g, u, hs, mlp, needs[0], asked);
+    return mlp.type == ScalarType::Double ? backward_chunks<double>(dy, x, g, u, hs, mlp, needs[0], asked)
+                                          : backward_chunks<float>(dy, x, g, u, hs, mlp, needs[0], asked);
+  };
+  const MlpGradients gradients = differentiate();
   Results results(dy);
-  results.add(rest.dx);
-  for (const BranchGradients& branch : rest.branches) results.add(branch);
-  results.add(outer.branches[0]);
+  results.add(gradients.inner.dx);
+  for (const BranchGradients& branch : gradients.inner.branches) results.add(branch);
+  results.add(gradients.outer.branches[0]);
   return results.tensors;
 }
 

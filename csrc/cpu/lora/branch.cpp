@@ -57,8 +57,7 @@ double scalar(const Tensor& tensor) {
 
 }  // namespace
 
-// -- operands
-// ------------------------------------------------------------------------------------------------------------
+// -- operands -----------------------------------------------------------------------------------------------
 
 template <typename C>
 Branch<C>::Branch(const Operands& operands, const Tensor& input)
@@ -175,8 +174,7 @@ void Branch<C>::read_gate(const std::vector<int64_t>& lead) {
   }
 }
 
-// -- forward
-// -------------------------------------------------------------------------------------------------------------
+// -- forward ------------------------------------------------------------------------------------------------
 
 template <typename C>
 Mask Branch<C>::mask(int64_t first, int64_t rows, int64_t column, int64_t columns, std::vector<uint8_t>& bits) const {
@@ -233,28 +231,26 @@ void Branch<C>::expand(Rows y, int64_t rows, int64_t column, int64_t columns, co
 }
 
 template <typename C>
-void project_all(const std::vector<Branch<C>>& branches, Rows x, int64_t rows, const std::vector<Tensor>& hs,
-                 const std::vector<Scratch<C>>& zs) {
+void project_all(const std::vector<Branch<C>>& branches, Rows x, int64_t first, int64_t rows,
+                 const std::vector<Tensor>& hs, const std::vector<C*>& zs) {
   int64_t widest = 0;
   for (const Branch<C>& branch : branches) widest = std::max(widest, branch.rank());
-  parallel_for(0, rows, kBlockRows / 2, [&](int64_t begin, int64_t end) {
-    const int64_t parts = parts_of(end - begin, kBlockRows), size = (end - begin + parts - 1) / parts;
-    Scratch<C> h(size * widest);
-    std::vector<uint8_t> bits;
-    for (int64_t t = begin; t < end; t += size) {
-      const int64_t block = std::min(size, end - t);
-      for (size_t n = 0; n < branches.size(); ++n) {
-        const int64_t r = branches[n].rank();
-        branches[n].project(t, block, x.at(t), h.get(), zs[n].get() + t * r, bits);
-        const Rows saved{hs[n].mutable_data_ptr(), hs[n].scalar_type(), r};
-        micro<C>().narrow(h.get(), block * r, saved.at(t).data, saved.type);
-      }
+  const int64_t parts = parts_of(rows, kBlockRows), size = (rows + parts - 1) / parts;
+  Scratch<C> h(size * widest);
+  std::vector<uint8_t> bits;
+  for (int64_t t = 0; t < rows; t += size) {
+    const int64_t block = std::min(size, rows - t);
+    for (size_t n = 0; n < branches.size(); ++n) {
+      const int64_t r = branches[n].rank();
+      branches[n].project(first + t, block, x.at(t), h.get(), zs[n] + t * r, bits);
+      if (hs.empty()) continue;
+      const Rows saved{hs[n].mutable_data_ptr(), hs[n].scalar_type(), r};
+      micro<C>().narrow(h.get(), block * r, saved.at(first + t).data, saved.type);
     }
-  });
+  }
 }
 
-// -- tiles
-// ---------------------------------------------------------------------------------------------------------------
+// -- tiles --------------------------------------------------------------------------------------------------
 
 Grid::Grid(int64_t rows, int64_t columns, int64_t depth) : rows(rows), columns(columns) {
   row_chunks = rows == 0 ? 0 : std::clamp<int64_t>((rows + kChunkRows / 2) / kChunkRows, 1, kMostChunks);
@@ -270,12 +266,11 @@ int64_t Grid::column(int64_t chunk) const {
   return columns * chunk / column_chunks / 64 * 64;  // panels of the packed operands stay aligned
 }
 
-// -- backward
-// ------------------------------------------------------------------------------------------------------------
+// -- backward -----------------------------------------------------------------------------------------------
 
 template <typename C>
-BranchBackward<C>::BranchBackward(const std::vector<Branch<C>>& branches, const std::vector<Asked>& asked, int64_t rows,
-                                  bool need_dx)
+BranchBackward<C>::BranchBackward(const std::vector<Branch<C>>& branches, const std::vector<Asked>& asked,
+                                  const std::vector<bool>& used, int64_t rows, bool need_dx)
     : branches_(branches),
       asked_(asked),
       need_dx_(need_dx),
@@ -284,6 +279,7 @@ BranchBackward<C>::BranchBackward(const std::vector<Branch<C>>& branches, const 
   const int64_t chunks = grid_.row_chunks;
   for (size_t n = 0; n < branches.size(); ++n) {
     const Branch<C>& branch = branches[n];
+    sums_[n].used = used[n];
     if (asked[n].A) sums_[n].dA = Scratch<C>(chunks * branch.r_ * branch.lda_);
     if (asked[n].of_B()) sums_[n].dBt = Scratch<C>(chunks * branch.r_ * branch.lde_);
     if (asked[n].mix) sums_[n].dmix = Scratch<C>(chunks * branch.r_ * branch.r_);
@@ -293,15 +289,7 @@ BranchBackward<C>::BranchBackward(const std::vector<Branch<C>>& branches, const 
 }
 
 template <typename C>
-void BranchBackward<C>::read_dy(const std::vector<Rows>& dys, const std::vector<Tensor>& hs) {
-  for (size_t n = 0; n < dys.size(); ++n) sums_[n].used = dys[n].data != nullptr;
-  parallel_for(0, grid_.row_chunks, 1, [&](int64_t begin, int64_t end) {
-    for (int64_t chunk = begin; chunk < end; ++chunk) read_chunk(chunk, dys, hs);
-  });
-}
-
-template <typename C>
-void BranchBackward<C>::read_chunk(int64_t chunk, const std::vector<Rows>& dys, const std::vector<Tensor>& hs) {
+void BranchBackward<C>::read_dy(int64_t chunk, const std::vector<Rows>& dys, const std::vector<Tensor>& hs) {
   const Micro<C>& inner = micro<C>();
   const int64_t from = grid_.row(chunk), to = grid_.row(chunk + 1);
   const int64_t parts = parts_of(to - from, kBlockRows), size = (to - from + parts - 1) / parts;
@@ -317,7 +305,7 @@ void BranchBackward<C>::read_chunk(int64_t chunk, const std::vector<Rows>& dys, 
       const Asked& asked = asked_[n];
       const int64_t r = branch.r_, count = rows * r;
       const bool later = t > from;  // the chunk's sums have begun
-      const Rows dy = dys[n].at(t);
+      const Rows dy = dys[n].at(t - from);
 
       typename Branch<C>::Routed routed{};
       if (asked.of_B() || asked.gate || asked.mix) {
@@ -516,9 +504,9 @@ template class Branch<float>;
 template class Branch<double>;
 template class BranchBackward<float>;
 template class BranchBackward<double>;
-template void project_all<float>(const std::vector<Branch<float>>&, Rows, int64_t, const std::vector<Tensor>&,
-                                 const std::vector<Scratch<float>>&);
-template void project_all<double>(const std::vector<Branch<double>>&, Rows, int64_t, const std::vector<Tensor>&,
-                                  const std::vector<Scratch<double>>&);
+template void project_all<float>(const std::vector<Branch<float>>&, Rows, int64_t, int64_t, const std::vector<Tensor>&,
+                                 const std::vector<float*>&);
+template void project_all<double>(const std::vector<Branch<double>>&, Rows, int64_t, int64_t,
+                                  const std::vector<Tensor>&, const std::vector<double*>&);
 
 }  // namespace mbf::cpu

@@ -85,10 +85,11 @@ class Branch {
   C keep_scale_ = 1;
 };
 
-// h of every member, saved in the type of A in hs[n] [rows, r], and z in zs[n]; x is read once.
+// h of every member for rows `first` .. of x, saved in the type of A in hs[n] [all rows, r] (not saved where hs is
+// empty), and z in zs[n] [rows, r]. Serial; x is read once.
 template <typename C>
-void project_all(const std::vector<Branch<C>>& branches, Rows x, int64_t rows, const std::vector<Tensor>& hs,
-                 const std::vector<Scratch<C>>& zs);
+void project_all(const std::vector<Branch<C>>& branches, Rows x, int64_t first, int64_t rows,
+                 const std::vector<Tensor>& hs, const std::vector<C*>& zs);
 
 // The chunks of rows and columns that an activation matrix is worked through in.
 struct Grid {
@@ -105,15 +106,17 @@ struct Grid {
 template <typename C>
 class BranchBackward {
  public:
-  BranchBackward(const std::vector<Branch<C>>& branches, const std::vector<Asked>& asked, int64_t rows, bool need_dx);
+  BranchBackward(const std::vector<Branch<C>>& branches, const std::vector<Asked>& asked, const std::vector<bool>& used,
+                 int64_t rows, bool need_dx);
 
   // The chunks of rows that tiles of dx and x must have.
   const Grid& grid() const { return grid_; }
 
-  // First phase: dys[n].data may be null, that output was not used; hs[n] as saved.
-  void read_dy(const std::vector<Rows>& dys, const std::vector<Tensor>& hs);
-  // Second phase, for one tile of the grid: rows of x (null if no dA is asked) and of dx (null if not asked), both
-  // beginning at the tile's first column; dx is added to, or overwritten by the first member.
+  // First phase, for one chunk of rows: dys[n] begins at its first row, with null data if that output was not used (in
+  // no chunk, then); hs[n] [all rows, r] as saved.
+  void read_dy(int64_t chunk, const std::vector<Rows>& dys, const std::vector<Tensor>& hs);
+  // Second phase, for one tile: rows of x (null if no dA is asked) and of dx (null if not asked), both beginning at the
+  // tile's first row and column; dx is added to, or overwritten by the first member.
   void visit(int64_t row_chunk, int64_t column_chunk, Rows x, Rows dx, bool add);
 
   BranchGradients finish(size_t member);
@@ -122,9 +125,8 @@ class BranchBackward {
   struct Sums {
     Scratch<C> dA, dBt, dmix;  // a chunk after the other: [r, d_in], [r, d_out], [r, r]
     Scratch<C> dgate, dh;      // [rows, r]; dh times what dropout scales by
-    bool used = false;
+    bool used;
   };
-  void read_chunk(int64_t chunk, const std::vector<Rows>& dys, const std::vector<Tensor>& hs);
 
   const std::vector<Branch<C>>& branches_;
   const std::vector<Asked>& asked_;

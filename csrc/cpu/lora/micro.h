@@ -49,10 +49,9 @@ struct Micro {
   void (*widen)(const void* from, torch::headeronly::ScalarType type, int64_t n, C* to);
   void (*narrow)(const C* from, int64_t n, void* to, torch::headeronly::ScalarType type);
 
-  // Gated activations of an MLP, n contiguous elements of C: out = act(g) u; and from da: g ← dg, u ← du, both in
-  // place, with out = act(g) u as before.
-  void (*gated)(const C* g, const C* u, int64_t n, bool gelu, C* out);
-  void (*gated_backward)(const C* da, C* g, C* u, int64_t n, bool gelu, C* out);
+  // Gated activations of an MLP, n contiguous elements of C: a = act(g) u, and dg, du from da. Outputs may be inputs.
+  void (*gated)(const C* g, const C* u, int64_t n, bool gelu, C* a);
+  void (*gated_backward)(const C* da, const C* g, const C* u, int64_t n, bool gelu, C* dg, C* du);
 };
 
 namespace baseline {

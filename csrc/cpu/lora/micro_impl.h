@@ -43,8 +43,7 @@ MBF_INLINE Vec<C> broadcast(C value) {
   return value - Vec<C>{};
 }
 
-// -- loads and stores, whole and partial
-// --------------------------------------------------------------------------------
+// -- loads and stores, whole and partial --------------------------------------------------------------------
 
 MBF_INLINE Vec<float> load(const float* p) { return *reinterpret_cast<const Vector<float>::unaligned*>(p); }
 MBF_INLINE Vec<double> load(const double* p) { return *reinterpret_cast<const Vector<double>::unaligned*>(p); }
@@ -103,8 +102,7 @@ MBF_INLINE void store_first(T* p, Vec<C> v, int64_t n) {
   __builtin_memcpy(p, padded, n * sizeof(T));
 }
 
-// -- dropout
-// ------------------------------------------------------------------------------------------------------------
+// -- dropout ------------------------------------------------------------------------------------------------
 
 // v where bit `position + lane` of the stream is set, else 0.
 template <typename C>
@@ -226,8 +224,7 @@ void mask_bits(uint64_t seed, uint32_t threshold, uint64_t first, int64_t blocks
   for (; n < blocks; ++n) bits[n] = mask_byte(key0, key1, first + n, threshold);
 }
 
-// -- project
-// ------------------------------------------------------------------------------------------------------------
+// -- project ------------------------------------------------------------------------------------------------
 
 template <typename C>
 MBF_INLINE C sum(Vec<C> v) {
@@ -354,8 +351,7 @@ void project_rows(const T* x, int64_t ldx, int64_t rows, int64_t columns, const 
   for (; j < r; ++j) dot_ranks<C, T, 1>(x, ldx, rows, columns, a + j * lda, lda, mask, h + j, r);
 }
 
-// -- expand and outer: c[i, :] (+)= Σ_k a[i, k] b[k, :] on R × N vectors
-// ----------------------------------------------------
+// -- expand and outer: c[i, :] (+)= Σ_k a[i, k] b[k, :] on R × N vectors ------------------------------------
 
 enum class Masked { kNothing, kFactor, kProduct };
 
@@ -462,8 +458,7 @@ void outer_rows(const T* x, int64_t ldx, int64_t rows, int64_t columns, const C*
   }
 }
 
-// -- the MLP's activation
-// -----------------------------------------------------------------------------------------------
+// -- the MLP's activation -----------------------------------------------------------------------------------
 
 // exp to about one unit in the last place: 2^n · P(remainder), n = round(x / ln 2). Arguments beyond ±87 are clamped.
 MBF_INLINE Vec<float> exponential(Vec<float> x) {
@@ -531,19 +526,17 @@ void gated(const C* g, const C* u, int64_t n, bool gelu, C* out) {
 }
 
 template <typename C>
-void gated_backward(const C* da, C* g, C* u, int64_t n, bool gelu, C* out) {
+void gated_backward(const C* da, const C* g, const C* u, int64_t n, bool gelu, C* dg, C* du) {
   over<C>(n, [&](int64_t i, int64_t some) __attribute__((always_inline)) {
     Vec<C> value, slope;
     activation<C>(load_some(g + i, some), gelu, value, slope);
     const Vec<C> d = load_some(da + i, some), up = load_some(u + i, some);
-    store_some<C>(out + i, value * up, some);
-    store_some<C>(g + i, d * up * slope, some);
-    store_some<C>(u + i, d * value, some);
+    store_some<C>(dg + i, d * up * slope, some);
+    store_some<C>(du + i, d * value, some);
   });
 }
 
-// -- by the type of the activations
-// --------------------------------------------------------------------------------------
+// -- by the type of the activations -------------------------------------------------------------------------
 
 template <typename C, typename Use>
 MBF_INLINE void with_type(ScalarType type, void* data, const Use& use) {

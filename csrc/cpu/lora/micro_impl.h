@@ -12,6 +12,12 @@ namespace {
 
 #define MBF_INLINE inline __attribute__((always_inline))
 #define MBF_UNROLL _Pragma("GCC unroll 16")
+// Keeps a vector in a register that the compiler would rather read from memory again for each of its uses.
+#if defined(__x86_64__)
+#define MBF_PIN(v) asm("" : "+v"(v))
+#else
+#define MBF_PIN(v) (void)(v)
+#endif
 
 using torch::headeronly::ScalarType;
 
@@ -274,7 +280,8 @@ MBF_INLINE void dot_tile(const T* x, int64_t ldx, int64_t columns, const C* a, i
   const auto step = [&](int64_t i, const Vec<C>(&v)[R]) __attribute__((always_inline)) {
     MBF_UNROLL
     for (int j = 0; j < J; ++j) {
-      const Vec<C> row = load(a + j * lda + i);
+      Vec<C> row = load(a + j * lda + i);
+      MBF_PIN(row);
       MBF_UNROLL
       for (int t = 0; t < R; ++t) s[t][j] += v[t] * row;
     }
@@ -322,7 +329,7 @@ MBF_INLINE void dot_tile(const T* x, int64_t ldx, int64_t columns, const C* a, i
 // All rows against J rows of a.
 template <typename C, typename T, int J>
 __attribute__((noinline)) void dot_ranks(const T* x, int64_t ldx, int64_t rows, int64_t columns, const C* a,
-                                         int64_t lda, Mask mask, C* h, int64_t ldh) {
+                                         int64_t lda, Mask mask, C* h, int64_t ldh, bool add) {
   const int64_t parts = (columns + kDotColumns - 1) / kDotColumns;
   const int64_t part = ((columns + parts - 1) / parts + kLanes<C> - 1) / kLanes<C> * kLanes<C>;
   for (int64_t i = 0; i < columns; i += part) {
@@ -330,11 +337,41 @@ __attribute__((noinline)) void dot_ranks(const T* x, int64_t ldx, int64_t rows, 
     int64_t t = 0;
     for (; t + 3 <= rows; t += 3) {
       dot_tile<C, T, 3, J>(x + t * ldx + i, ldx, width, a + i, lda, {mask.bits, mask.first + t * mask.ld + i, mask.ld},
-                           h + t * ldh, ldh, i > 0);
+                           h + t * ldh, ldh, add || i > 0);
     }
     for (; t < rows; ++t) {
       dot_tile<C, T, 1, J>(x + t * ldx + i, ldx, width, a + i, lda, {mask.bits, mask.first + t * mask.ld + i, mask.ld},
-                           h + t * ldh, ldh, i > 0);
+                           h + t * ldh, ldh, add || i > 0);
+    }
+  }
+}
+
+template <typename C, typename T>
+void dot_all(const T* x, int64_t ldx, int64_t rows, int64_t columns, const C* a, int64_t lda, int64_t r, Mask mask,
+             C* h, bool add) {
+  int64_t j = 0;
+#if MBF_DOT_RANKS >= 8
+  for (; j + 8 <= r; j += 8) dot_ranks<C, T, 8>(x, ldx, rows, columns, a + j * lda, lda, mask, h + j, r, add);
+#endif
+  for (; j + 4 <= r; j += 4) dot_ranks<C, T, 4>(x, ldx, rows, columns, a + j * lda, lda, mask, h + j, r, add);
+  for (; j + 2 <= r; j += 2) dot_ranks<C, T, 2>(x, ldx, rows, columns, a + j * lda, lda, mask, h + j, r, add);
+  for (; j < r; ++j) dot_ranks<C, T, 1>(x, ldx, rows, columns, a + j * lda, lda, mask, h + j, r, add);
+}
+
+// Where every visit to x would mask it anew, and that is dear, visits after the first are to a copy in the first cache.
+constexpr bool copies(int64_t visits) { return visits > (MBF_BYTES == 64 ? 3 : 2); }
+
+template <typename C, typename T>
+void copy_kept(const T* x, int64_t ldx, int64_t rows, int64_t columns, Mask mask, C* out, int64_t ld) {
+  for (int64_t t = 0; t < rows; ++t) {
+    const int64_t first = mask.first + t * mask.ld;
+    int64_t i = 0;
+    for (; i + kLanes<C> <= columns; i += kLanes<C>) {
+      store(out + t * ld + i, keep<C>(load(x + t * ldx + i), mask.bits, first + i));
+    }
+    if (i < columns) {
+      const int64_t last = columns - i;
+      store_first<C>(out + t * ld + i, keep<C>(load_first<C>(x + t * ldx + i, last), mask.bits, first + i), last);
     }
   }
 }
@@ -342,13 +379,21 @@ __attribute__((noinline)) void dot_ranks(const T* x, int64_t ldx, int64_t rows, 
 template <typename C, typename T>
 void project_rows(const T* x, int64_t ldx, int64_t rows, int64_t columns, const C* a, int64_t lda, int64_t r, Mask mask,
                   C* h) {
-  int64_t j = 0;
-#if MBF_DOT_RANKS >= 8
-  for (; j + 8 <= r; j += 8) dot_ranks<C, T, 8>(x, ldx, rows, columns, a + j * lda, lda, mask, h + j, r);
-#endif
-  for (; j + 4 <= r; j += 4) dot_ranks<C, T, 4>(x, ldx, rows, columns, a + j * lda, lda, mask, h + j, r);
-  for (; j + 2 <= r; j += 2) dot_ranks<C, T, 2>(x, ldx, rows, columns, a + j * lda, lda, mask, h + j, r);
-  for (; j < r; ++j) dot_ranks<C, T, 1>(x, ldx, rows, columns, a + j * lda, lda, mask, h + j, r);
+  if (mask.bits == nullptr || !copies((r + MBF_DOT_RANKS - 1) / MBF_DOT_RANKS)) {
+    dot_all<C, T>(x, ldx, rows, columns, a, lda, r, mask, h, false);
+    return;
+  }
+  constexpr int64_t kRows = 12, kColumns = 512;
+  alignas(64) C kept[kRows * kColumns];
+  for (int64_t t = 0; t < rows; t += kRows) {
+    const int64_t some = rows - t < kRows ? rows - t : kRows;
+    for (int64_t i = 0; i < columns; i += kColumns) {
+      const int64_t width = columns - i < kColumns ? columns - i : kColumns;
+      copy_kept<C, T>(x + t * ldx + i, ldx, some, width, {mask.bits, mask.first + t * mask.ld + i, mask.ld}, kept,
+                      kColumns);
+      dot_all<C, C>(kept, kColumns, some, width, a + i, lda, r, {}, h + t * r, i > 0);
+    }
+  }
 }
 
 // -- expand and outer: c[i, :] (+)= Σ_k a[i, k] b[k, :] on R × N vectors ------------------------------------
@@ -378,7 +423,8 @@ MBF_INLINE void product_tile(int64_t depth, const C* a, int64_t ai, int64_t ak, 
     }
     MBF_UNROLL
     for (int i = 0; i < R; ++i) {
-      const Vec<C> factor = broadcast<C>(a[i * ai + k * ak]);
+      Vec<C> factor = broadcast<C>(a[i * ai + k * ak]);
+      MBF_PIN(factor);
       MBF_UNROLL
       for (int n = 0; n < N; ++n) s[i][n] += factor * row[n];
     }
@@ -453,8 +499,22 @@ void outer_rows(const T* x, int64_t ldx, int64_t rows, int64_t columns, const C*
                 int64_t ldg, bool add) {
   if (mask.bits == nullptr) {
     product<C, T, C, Masked::kNothing>(r, columns, rows, z, 1, r, x, ldx, g, ldg, mask, add);
-  } else {
+    return;
+  }
+  if (!copies((r + MBF_TILE_ROWS - 1) / MBF_TILE_ROWS)) {
     product<C, T, C, Masked::kFactor>(r, columns, rows, z, 1, r, x, ldx, g, ldg, mask, add);
+    return;
+  }
+  constexpr int64_t kRows = 48, kColumns = MBF_TILE_VECTORS * kLanes<C>;
+  alignas(64) C kept[kRows * kColumns];
+  for (int64_t i = 0; i < columns; i += kColumns) {
+    const int64_t width = columns - i < kColumns ? columns - i : kColumns;
+    for (int64_t t = 0; t < rows; t += kRows) {
+      const int64_t some = rows - t < kRows ? rows - t : kRows;
+      copy_kept<C, T>(x + t * ldx + i, ldx, some, width, {mask.bits, mask.first + t * mask.ld + i, mask.ld}, kept,
+                      kColumns);
+      product<C, C, C, Masked::kNothing>(r, width, some, z + t * r, 1, r, kept, kColumns, g + i, ldg, {}, add || t > 0);
+    }
   }
 }
 

@@ -3,19 +3,26 @@
 from mbf.ops._library import native_status, use_backend
 from mbf.ops.basis import orthonormal_rows, orthonormal_rows_ref
 from mbf.ops.lora_accumulate import lora_accumulate, lora_accumulate_ref
+from mbf.ops.lora_group import GroupLayer, lora_group, lora_group_ref
 from mbf.ops.lora_linear import LoraTerms, lora_linear, lora_linear_ref
+from mbf.ops.lora_mlp import lora_mlp, lora_mlp_ref
 from mbf.ops.merge import merge_, merge_ref_
 from mbf.ops.philox import draw_seed, dropout_mask
 from mbf.ops.rsvd import rsvd, rsvd_ref
 
 __all__ = [
+    "GroupLayer",
     "LoraTerms",
     "draw_seed",
     "dropout_mask",
     "lora_accumulate",
     "lora_accumulate_ref",
+    "lora_group",
+    "lora_group_ref",
     "lora_linear",
     "lora_linear_ref",
+    "lora_mlp",
+    "lora_mlp_ref",
     "merge_",
     "merge_ref_",
     "native_status",

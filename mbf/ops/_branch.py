@@ -156,18 +156,17 @@ def packed_fake(like: Tensor, operands: Iterable[Tensor | None], needs: Iterable
     )
 
 
-def save(ctx: Any, h: Tensor, branch: Branch, *tensors: Tensor | None) -> None:
-    """Save what backward needs; h is an output only so that it can be saved."""
-    A, B, ctx.scale, gate, mix, ctx.dropout_p, seed, merged_B, merge_weight = branch
-    ctx.mark_non_differentiable(h)
+def save(ctx: Any, h: Tensor, operands: Sequence[Any], *tensors: Tensor | None) -> None:
+    """Save h, the operands of a ``Branch`` and further tensors for backward."""
+    A, B, ctx.scale, gate, mix, ctx.dropout_p, seed, merged_B, merge_weight = operands
     ctx.set_materialize_grads(False)
     ctx.save_for_backward(h, A, B, gate, mix, seed, merged_B, merge_weight, *tensors)
 
 
-def saved(ctx: Any) -> tuple[Tensor, Branch, list[Tensor | None]]:
-    """Return h, the operands and the further tensors given to ``save``."""
+def saved(ctx: Any) -> tuple[Tensor, tuple[Any, ...], list[Tensor | None]]:
+    """Return what was given to ``save``."""
     h, A, B, gate, mix, seed, merged_B, merge_weight, *tensors = ctx.saved_tensors
-    return h, Branch(A, B, ctx.scale, gate, mix, ctx.dropout_p, seed, merged_B, merge_weight), tensors
+    return h, (A, B, ctx.scale, gate, mix, ctx.dropout_p, seed, merged_B, merge_weight), tensors
 
 
 def needs(ctx: Any, lead: int) -> list[bool]:
@@ -184,33 +183,53 @@ def spread(gradients: Sequence[Tensor], asked: Sequence[bool]) -> tuple[Tensor |
 
 def differentiable(
     name: str, setup_context: Callable[..., None], backward: Callable[..., Any]
-) -> Callable[..., tuple[Tensor, Tensor]]:
+) -> Callable[..., Tensor]:
     """Give operator ``mbf::name`` its autograd formula, and return the function by which its face enters.
 
     Graphs (torch.compile, torch.export) hold the operator, differentiated through ``register_autograd``. Eager mode
     enters through a Function of the same two functions, as the Python between the registered formula and its operator
-    costs a small layer more than its products do.
+    costs a small layer more than its products do. h, the operator's second output, is only there to be saved.
+
+    Args:
+        name: of an operator that returns y and h.
+        setup_context: called with ctx, the operator's inputs and its outputs.
+        backward: called with ctx and y's gradient, and in graphs with h's, which is None.
     """
     operator = getattr(torch.ops.mbf, name).default
-    backward = once_differentiable(backward)
-    torch.library.register_autograd(f"mbf::{name}", backward, setup_context=setup_context, lib=LIBRARY)
+    differentiable_once = once_differentiable(backward)
 
-    def below_autograd(*inputs: Any) -> tuple[Tensor, Tensor]:
+    def setup_in_graph(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:
+        ctx.mark_non_differentiable(output[1])
+        setup_context(ctx, inputs, output)
+
+    torch.library.register_autograd(f"mbf::{name}", differentiable_once, setup_context=setup_in_graph, lib=LIBRARY)
+
+    def eager_forward(ctx: Any, *inputs: Any) -> Tensor:
         with torch._C._AutoDispatchBelowAutograd():
-            return operator(*inputs)
-
-    def forward(ctx: Any, *inputs: Any) -> tuple[Tensor, Tensor]:
-        outputs = below_autograd(*inputs)
+            outputs = operator(*inputs)
         setup_context(ctx, inputs, outputs)
-        return outputs
+        return outputs[0]
+
+    def eager_backward(ctx: Any, dy: Tensor | None) -> Any:
+        # The guard against a second derivative costs as much as the rest of the Python here.
+        return differentiable_once(ctx, dy) if torch.is_grad_enabled() else backward(ctx, dy)
 
     function: Any = type(
-        name, (torch.autograd.Function,), {"forward": staticmethod(forward), "backward": staticmethod(backward)}
+        name,
+        (torch.autograd.Function,),
+        {"forward": staticmethod(eager_forward), "backward": staticmethod(eager_backward)},
     )
+    # Function.apply serves torch.func's transforms, and looks at every input for it, before it calls this.
+    apply: Callable[..., Tensor] = super(torch.autograd.Function, function).apply
 
-    def enter(*inputs: Any) -> tuple[Tensor, Tensor]:
+    def enter(*inputs: Any) -> Tensor:
         if torch.compiler.is_compiling():
-            return operator(*inputs)
-        return function.apply(*inputs) if torch.is_grad_enabled() else below_autograd(*inputs)
+            return operator(*inputs)[0]
+        if not torch.is_grad_enabled():
+            with torch._C._AutoDispatchBelowAutograd():
+                return operator(*inputs)[0]
+        if torch._C._are_functorch_transforms_active():
+            return function.apply(*inputs)
+        return apply(*inputs)
 
     return enter

@@ -9,7 +9,7 @@ from torch import Tensor
 
 from mbf.ops import _branch
 from mbf.ops._library import define, reference_only
-from mbf.ops._operands import SCHEMA, Branch, autocast_to, prepare
+from mbf.ops._operands import SCHEMA, Branch, autocast_to, autocasts, prepare
 from mbf.ops.philox import dropout
 
 
@@ -86,18 +86,18 @@ def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tens
     y, x, *operands = inputs
     # x is kept for A's gradient only, or to tell dx its dtype.
     keep = x if ctx.needs_input_grad[2] or x.dtype != y.dtype else None
-    _branch.save(ctx, output[1], Branch(*operands), keep)
+    _branch.save(ctx, output[1], operands, keep)
 
 
-def _autograd_backward(ctx: Any, dy: Tensor | None, _: Tensor | None) -> tuple[Tensor | None, ...]:
+def _autograd_backward(ctx: Any, dy: Tensor | None, _: Tensor | None = None) -> tuple[Tensor | None, ...]:
     if dy is None:
         return (None,) * 11
-    h, branch, (x,) = _branch.saved(ctx)
+    h, operands, (x,) = _branch.saved(ctx)
     asked = _branch.needs(ctx, 2)[1:]
-    gradients = torch.ops.mbf.lora_accumulate_backward.default(dy, h, x, *branch, asked)
-    return (dy, *_branch.spread(gradients, asked))
+    return (dy, *_branch.spread(_backward_operator(dy, h, x, *operands, asked), asked))
 
 
+_backward_operator = torch.ops.mbf.lora_accumulate_backward.default
 _enter = _branch.differentiable("lora_accumulate", _setup_context, _autograd_backward)
 
 
@@ -128,7 +128,7 @@ def lora_accumulate(
 
     The other arguments and the errors are those of ``lora_linear``.
     """
-    if torch.is_autocast_enabled(x.device.type):
+    if autocasts(x):
         x, A, B = autocast_to(x.device, x, A, B)
         (merged_B,) = autocast_to(x.device, merged_B)
     branch = prepare(x, A, B, scale, gate, mix, dropout_p, seed, merged_B, merge_weight)
@@ -138,4 +138,4 @@ def lora_accumulate(
         raise ValueError(f"y is {y.dtype} on {y.device}; it must be floating-point and on {x.device}, where x is")
     if reference_only():
         return lora_accumulate_ref(y, x, **branch._asdict())
-    return _enter(y, x, *branch)[0]
+    return _enter(y, x, *branch)

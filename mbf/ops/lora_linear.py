@@ -10,7 +10,7 @@ from torch.nn import functional as F
 
 from mbf.ops import _branch
 from mbf.ops._library import define, reference_only
-from mbf.ops._operands import SCHEMA, Branch, autocast_to, prepare
+from mbf.ops._operands import SCHEMA, Branch, autocast_to, autocasts, prepare
 from mbf.ops.lora_accumulate import lora_accumulate_ref
 
 
@@ -75,16 +75,16 @@ def _backward_fake(dy: Tensor, h: Tensor, x: Tensor | None, weight: Tensor, *ope
 
 def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:
     x, weight, _, *operands = inputs
-    keep_x = ctx.needs_input_grad[1] or ctx.needs_input_grad[3]  # only the gradients of weight and A read x
-    _branch.save(ctx, output[1], Branch(*operands), x if keep_x else None, weight)
+    asked = ctx.needs_input_grad
+    _branch.save(ctx, output[1], operands, x if asked[1] or asked[3] else None, weight)  # x for dweight and dA only
 
 
-def _autograd_backward(ctx: Any, dy: Tensor | None, _: Tensor | None) -> tuple[Tensor | None, ...]:
+def _autograd_backward(ctx: Any, dy: Tensor | None, _: Tensor | None = None) -> tuple[Tensor | None, ...]:
     if dy is None:
         return (None,) * 12
-    h, branch, (x, weight) = _branch.saved(ctx)
+    h, operands, (x, weight) = _branch.saved(ctx)
     needs = _branch.needs(ctx, 3)
-    return _branch.spread(torch.ops.mbf.lora_linear_backward.default(dy, h, x, weight, *branch, needs), needs)
+    return _branch.spread(_backward_operator(dy, h, x, weight, *operands, needs), needs)
 
 
 define(f"lora_linear(Tensor x, Tensor weight, Tensor? bias, {SCHEMA}) -> (Tensor, Tensor)", _forward, _forward_fake)
@@ -94,6 +94,7 @@ define(
     _backward,
     _backward_fake,
 )
+_backward_operator = torch.ops.mbf.lora_linear_backward.default
 _enter = _branch.differentiable("lora_linear", _setup_context, _autograd_backward)
 
 
@@ -133,7 +134,7 @@ def lora_linear(
         scale: s. Pass a 0-d tensor to change it without recompiling, or to learn it.
         gate: any shape that broadcasts to ``[..., r]``: a rank's ``[r]``, a sample's ``[batch, 1, r]``, a token's.
         mix: ``[r, r]``.
-        dropout_p: probability in [0, 1) that an element of x is dropped before A; the base product sees all of x.
+        dropout_p: probability in [0, 1 − 2⁻¹⁷) that an element of x is dropped before A; the base sees all of x.
         seed: of the mask (``dropout_mask``), an int or a 0-d int64 tensor on x's device. Default: ``draw_seed``.
         merged_B: like B. Goes with ``merge_weight``.
         merge_weight: λ, a float or a 0-d tensor.
@@ -145,29 +146,29 @@ def lora_linear(
         ValueError: a shape, device or value that does not fit; the message says which and what would.
         TypeError: a dtype that does not.
     """
-    if torch.is_autocast_enabled(x.device.type):
+    if autocasts(x):
         x, weight, A, B = autocast_to(x.device, x, weight, A, B)
         bias, merged_B = autocast_to(x.device, bias, merged_B)
     branch = prepare(x, A, B, scale, gate, mix, dropout_p, seed, merged_B, merge_weight)
     _check_base(x, weight, bias, B)
     if reference_only():
         return lora_linear_ref(x, weight, bias=bias, **branch._asdict())
-    return _enter(x, weight, bias, *branch)[0]
+    return _enter(x, weight, bias, *branch)
 
 
 def _check_base(x: Tensor, weight: Tensor, bias: Tensor | None, B: Tensor) -> None:
-    if weight.shape != (B.shape[0], x.shape[-1]):
+    shape = weight.shape
+    if len(shape) != 2 or shape[0] != B.shape[0] or shape[1] != x.shape[-1]:
         raise ValueError(
-            f"weight has shape {list(weight.shape)}; with B {list(B.shape)} and x {list(x.shape)} it must be "
+            f"weight has shape {list(shape)}; with B {list(B.shape)} and x {list(x.shape)} it must be "
             f"[d_out, d_in] = [{B.shape[0]}, {x.shape[-1]}]"
         )
-    if weight.dtype != x.dtype or weight.device != x.device:
+    if weight.dtype is not x.dtype or weight.device != x.device:
         raise TypeError(
             f"weight is {weight.dtype} on {weight.device} but x {x.dtype} on {x.device}; convert one of them, or "
             "compute under torch.autocast"
         )
-    if bias is not None and (bias.shape != weight.shape[:1] or bias.dtype != x.dtype or bias.device != x.device):
+    if bias is not None and (bias.shape != shape[:1] or bias.dtype != x.dtype or bias.device != x.device):
         raise ValueError(
-            f"bias is {bias.dtype} {list(bias.shape)} on {bias.device}; it must be {x.dtype} [{weight.shape[0]}] "
-            f"on {x.device}"
+            f"bias is {bias.dtype} {list(bias.shape)} on {bias.device}; it must be {x.dtype} [{shape[0]}] on {x.device}"
         )

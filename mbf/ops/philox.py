@@ -4,10 +4,13 @@ The mask of a tensor is a pure function of (seed, element index), so it is recom
 stored, and every implementation (this one, C++, Triton, CUDA) makes the same one:
 
 * key = (seed mod 2³², seed div 2³²), the seed being 64 bits;
-* element ``i`` (flat index in the contiguous tensor, 64 bits) takes word ``i mod 4`` of the block at counter
-  ``(j mod 2³², j div 2³², 0, 0)`` with ``j = i div 4``: the layout of ``tl.philox(seed, j_lo, j_hi, 0, 0)``;
-* it is kept iff that word, as an unsigned integer, is at least ``round(p · 2³²)``;
-* what is kept is multiplied by ``1 / (1 − p)``.
+* element ``i`` (flat index in the contiguous tensor, 64 bits) takes 16 bits of the block at counter
+  ``(j mod 2³², j div 2³², 0, 0)`` with ``j = i div 8``, the layout of ``tl.philox(seed, j_lo, j_hi, 0, 0)``: of its
+  word ``(i mod 8) div 2`` the low half if ``i`` is even, the high half if it is odd;
+* it is kept iff that half-word, as an unsigned integer, is at least ``round(p · 2¹⁶)``, rounded half to even;
+* what is kept is multiplied by ``2¹⁶ / (2¹⁶ − round(p · 2¹⁶))``: exact in the mean, p being taken in steps of 2⁻¹⁶.
+
+A p that rounds to 0 keeps everything; one that rounds to 1 is refused.
 """
 
 from __future__ import annotations
@@ -23,7 +26,10 @@ from mbf.ops._library import define, reference_only
 MULTIPLIERS = (0xD2511F53, 0xCD9E8D57)
 KEY_STEPS = (0x9E3779B9, 0xBB67AE85)
 ROUNDS = 10
+STEPS = 1 << 16  # of probability
+P_END = 1.0 - 0.5 / STEPS  # from here on p rounds to 1
 _WORD = 0xFFFFFFFF
+_HALF_WORD = 0xFFFF
 _BLOCKS_AT_ONCE = 1 << 14  # the working set of the rounds then stays in a core's second-level cache
 
 
@@ -50,6 +56,16 @@ def philox_4x32(counter: tuple[Tensor, Tensor, Tensor, Tensor], key: tuple[Tenso
     return c0, c1 & _WORD, c2, c3 & _WORD
 
 
+def threshold(p: float) -> int:
+    """The least half-word that is kept: ``round(p · 2¹⁶)``."""
+    return round(p * STEPS)
+
+
+def keep_scale(p: float) -> float:
+    """What a kept element is multiplied by, so that dropout keeps the mean: ``1 / (1 − p)`` of the p really used."""
+    return STEPS / (STEPS - threshold(p))
+
+
 def counters(first: int, count: int, device: torch.device) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """The counters ``(j mod 2³², j div 2³², 0, 0)`` of blocks ``first ≤ j < first + count``."""
     j = torch.arange(first, first + count, device=device)
@@ -60,14 +76,15 @@ def dropout_mask_ref(seed: Tensor, shape: Sequence[int], p: float) -> Tensor:
     """``dropout_mask`` in integer arithmetic of torch, a cacheful of counters at a time."""
     key = (seed & _WORD, (seed >> 32) & _WORD)
     size = math.prod(shape)
-    blocks = -(-size // 4)
-    keep = torch.empty(blocks, 4, dtype=torch.bool, device=seed.device)
-    threshold = round(p * 2**32)
+    blocks = -(-size // 8)
+    keep = torch.empty(blocks, 8, dtype=torch.bool, device=seed.device)
+    least = threshold(p)
     for first in range(0, blocks, _BLOCKS_AT_ONCE):
         rows = keep[first : first + _BLOCKS_AT_ONCE]
         for lane, word in enumerate(philox_4x32(counters(first, rows.shape[0], seed.device), key)):
-            torch.ge(word, threshold, out=rows[:, lane])
-    return keep.flatten()[:size].clone().view(shape) if size % 4 else keep.view(shape)
+            torch.ge(word & _HALF_WORD, least, out=rows[:, 2 * lane])
+            torch.ge(word >> 16, least, out=rows[:, 2 * lane + 1])
+    return keep.flatten()[:size].clone().view(shape) if size % 8 else keep.view(shape)
 
 
 define(
@@ -83,7 +100,7 @@ def dropout_mask(seed: int | Tensor, shape: Sequence[int], p: float) -> Tensor:
     Args:
         seed: int (the mask is made on the CPU) or 0-d int64 tensor (on its device).
         shape: any, the empty one included.
-        p: probability that an element is dropped, in [0, 1).
+        p: probability that an element is dropped, in [0, 1 − 2⁻¹⁷), taken in steps of 2⁻¹⁶.
 
     Returns:
         Bool tensor of ``shape``, True where an element is kept.
@@ -109,8 +126,8 @@ def _mask(seed: Tensor, shape: Sequence[int], p: float) -> Tensor:
 
 
 def drop(x: Tensor, keep: Tensor | None, p: float) -> Tensor:
-    """``keep ⊙ x / (1 − p)``, differentiable in x; x itself without a mask."""
-    return x if keep is None else torch.where(keep, x * (1.0 / (1.0 - p)), 0.0)
+    """``keep ⊙ x · keep_scale(p)``, differentiable in x; x itself without a mask."""
+    return x if keep is None else torch.where(keep, x * keep_scale(p), 0.0)
 
 
 def dropout(x: Tensor, p: float, seed: int | Tensor | None) -> Tensor:
@@ -142,7 +159,9 @@ def seed_tensor(seed: int | Tensor, device: torch.device | str) -> Tensor:
 
 
 def check_p(p: float) -> None:
-    if not 0.0 <= p < 1.0:
+    """Raise ValueError unless p is a probability that does not drop everything."""
+    if not 0.0 <= p < P_END:
         raise ValueError(
-            f"dropout_p is {p}; it must lie in [0, 1). To switch the low-rank branch off, pass scale=0.0 instead"
+            f"dropout_p is {p}; it must lie in [0, 1 - 2**-17), as it is taken in steps of 2**-16. To switch the "
+            "low-rank branch off, pass scale=0.0 instead"
         )

@@ -14,6 +14,8 @@ from peft.tuners.lora.layer import Linear
 from torch import Tensor, nn
 from torch.autograd import forward_ad
 
+from mbf.ops.philox import P_END
+
 _DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
 PLAIN = (nn.Parameter, Tensor)  # not DTensor, not a quantised or offloaded subclass
 
@@ -56,7 +58,7 @@ def adapter_reason(layer: Linear, adapter: str) -> str | None:
     if A._parameters.get("bias") is not None or B._parameters.get("bias") is not None:
         return f"adapter {adapter!r} has a bias (lora_bias=True)"
     if type(dropout) is nn.Dropout:
-        if dropout.inplace or dropout.p >= 1:
+        if dropout.inplace or dropout.p >= P_END:
             return f"lora_dropout of adapter {adapter!r} is {dropout}"
     elif type(dropout) is not nn.Identity:
         return f"lora_dropout of adapter {adapter!r} is {type(dropout).__name__}, not nn.Dropout"

@@ -1,40 +1,57 @@
-"""``fuse``, ``unfuse`` and ``fused``: swap the class of PEFT's LoRA layers and back."""
+"""``fuse``, ``unfuse`` and ``fused``: swap the class of PEFT's LoRA layers and back, and of the modules around them."""
 
 from __future__ import annotations
 
 from collections.abc import Iterator
 from contextlib import contextmanager
-from typing import Any
+from typing import Any, Literal
 
 from peft.tuners.lora.layer import Linear, LoraLayer, MultiheadAttention
 from torch import nn
 
-from mbf.peft.eligibility import layer_reason
+from mbf.peft.eligibility import layer_reason, plain_weight
+from mbf.peft.groups import ATTENTIONS, MLPS, SharedAttention, SharedInput, listed, plain_class, swap, swap_back
 from mbf.peft.linear import FusedLinear
+from mbf.peft.mlp import LAYERS, FusedMlp, activation_of, computes_the_formula
 from mbf.peft.report import FuseReport
+
+Memory = Literal["default", "low"]
+_MEMORIES = ("default", "low")
 
 NOT_PEFT = """the model has no PEFT LoRA layer; add an adapter first:
     from peft import LoraConfig, get_peft_model
     model = get_peft_model(model, LoraConfig(r=8, lora_alpha=16, target_modules=["q_proj", "v_proj"]))"""
 
 
-def fuse(model: nn.Module, *, strict: bool = False) -> FuseReport:
+def fuse(model: nn.Module, *, strict: bool = False, memory: Memory = "default") -> FuseReport:
     """Have the LoRA layers of ``model`` compute with ``mbf.ops.lora_linear``, in place.
 
     Each eligible ``peft.tuners.lora.layer.Linear`` becomes a ``FusedLinear``; parameters, state-dict keys and saved
     files stay as they are. The model may be a PeftModel, a model with injected adapters, or contain either. Layers that
     are fused already stay so.
 
+    In Llama, Mistral, Qwen2, Qwen3, Gemma, Gemma2, Gemma3 and SmolLM3, fused layers are computed in groups: those of
+    q, k and v of one attention block together, as they read the same x, and an MLP whose three layers are fused as a
+    whole (gate and up together where it cannot be). The modules around them get a class that differs from their own in
+    the forward only. A call that cannot be computed in a group is computed layer by layer: hooks on one of the layers,
+    several active adapters, a base weight that trains, torch.compile.
+
     Args:
         model: any module with LoRA layers of PEFT in it.
         strict: raise instead of leaving a layer to PEFT.
+        memory: what an MLP that is computed whole keeps for backward. ``"default"``: its input and the outputs of gate
+            and up; ``"low"``: its input only, and backward makes those outputs again. Another call of ``fuse`` changes
+            it.
 
     Returns:
-        Which layers are fused and why the others are not.
+        Which layers are fused, why the others are not, and which are grouped.
 
     Raises:
-        ValueError: there is no LoRA layer; or ``strict`` and a layer is declined. Nothing is changed then.
+        ValueError: there is no LoRA layer; ``strict`` and a layer is declined; or ``memory`` is neither. Nothing is
+            changed then.
     """
+    if memory not in _MEMORIES:
+        raise ValueError(f"memory is {memory!r}; it must be one of {', '.join(map(repr, _MEMORIES))}")
     layers = _lora_layers(model)
     if not layers:
         raise ValueError(NOT_PEFT)
@@ -54,28 +71,86 @@ def fuse(model: nn.Module, *, strict: bool = False) -> FuseReport:
     for name in report.fused:
         layers[name].__class__ = FusedLinear
         layers[name].__dict__.pop("_borrowed", None)
-    return report
+    return _group(model, report, memory)
 
 
 def unfuse(model: nn.Module) -> None:
-    """Undo ``fuse``: every ``FusedLinear`` in ``model`` becomes PEFT's ``lora.Linear`` again."""
+    """Undo ``fuse``: PEFT's ``lora.Linear`` for every ``FusedLinear`` in ``model``, and no groups."""
     for layer in _lora_layers(model).values():
         if isinstance(layer, FusedLinear):
             layer.release()
+    for module in model.modules():
+        if isinstance(module, SharedInput):
+            _ungroup(module)
 
 
 @contextmanager
-def fused(model: nn.Module, *, strict: bool = False) -> Iterator[FuseReport]:
-    """``fuse`` for the length of a block; the layers that were fused before it stay fused after it."""
+def fused(model: nn.Module, *, strict: bool = False, memory: Memory = "default") -> Iterator[FuseReport]:
+    """``fuse`` for the length of a block; what was fused and grouped before it is so again after it."""
     before = {id(layer) for layer in _lora_layers(model).values() if type(layer) is FusedLinear and not layer._borrowed}
-    report = fuse(model, strict=strict)
+    around = [(module, type(module), module.__dict__.get("_recompute")) for module in _around(model).values()]
+    report = fuse(model, strict=strict, memory=memory)
     swapped = [layer for name, layer in _lora_layers(model).items() if name in report.fused and id(layer) not in before]
     try:
         yield report
     finally:
         for layer in swapped:
             layer.release()
+        for module, kind, recompute in around:
+            module.__class__ = kind
+            module.__dict__.pop("_recompute", None)
+            if recompute is not None:
+                module.__dict__["_recompute"] = recompute
 
 
 def _lora_layers(model: nn.Module) -> dict[str, Any]:
     return {name: module for name, module in model.named_modules() if isinstance(module, LoraLayer)}
+
+
+# -- groups ------------------------------------------------------------------------------------------------------------
+
+
+def _around(model: nn.Module) -> dict[str, nn.Module]:
+    """The attention blocks and MLPs that may have groups."""
+    classes = ATTENTIONS | MLPS
+    return {name: module for name, module in model.named_modules() if listed(plain_class(module), classes)}
+
+
+def _group(model: nn.Module, report: FuseReport, memory: Memory) -> FuseReport:
+    """Swap the classes of the modules around the fused layers, and add to the report which."""
+    shared: dict[str, tuple[str, ...]] = {}
+    mlps: list[str] = []
+    for name, module in _around(model).items():
+        kind = plain_class(module)
+        mixin = SharedAttention if listed(kind, ATTENTIONS) else FusedMlp
+        together = tuple(member for member in mixin.members if _groupable(module._modules.get(member)))
+        if len(together) < 2:
+            _ungroup(module)
+            continue
+        swap(module, mixin)
+        if mixin is FusedMlp:
+            module.__dict__["_recompute"] = memory == "low"
+        if mixin is FusedMlp and _whole(module):
+            mlps.append(name)
+        else:
+            shared[name] = together
+    return FuseReport(report.fused, report.declined, shared, tuple(mlps))
+
+
+def _ungroup(module: nn.Module) -> None:
+    swap_back(module)
+    module.__dict__.pop("_recompute", None)
+
+
+def _groupable(layer: nn.Module | None) -> bool:
+    """Whether ``layer`` is a fused one on a frozen linear layer; what may change from call to call is not asked."""
+    if type(layer) is not FusedLinear:
+        return False
+    base: Any = layer.base_layer
+    weight = plain_weight(base)
+    return type(base) is nn.Linear and weight is not None and not any(p.requires_grad for p in base.parameters())
+
+
+def _whole(mlp: nn.Module) -> bool:
+    complete = all(_groupable(mlp._modules.get(name)) for name in LAYERS)
+    return complete and activation_of(mlp) is not None and computes_the_formula(plain_class(mlp))

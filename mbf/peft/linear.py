@@ -10,8 +10,9 @@ import torch
 from peft.tuners.lora.layer import Linear
 from torch import Tensor, nn
 
-from mbf.ops import LoraTerms, lora_accumulate, lora_linear
-from mbf.peft.eligibility import PLAIN, call_reason, plain_weight
+from mbf.ops import GroupLayer, LoraTerms, lora_accumulate, lora_linear
+from mbf.peft.eligibility import PLAIN, _watched, call_reason, plain_weight
+from mbf.peft.groups import shared_output
 
 calls: Counter[str] = Counter(fast=0, slow=0)
 """Forwards of fused layers in this process, by who computed them: ``fast`` the fused operator, ``slow`` PEFT.
@@ -49,8 +50,10 @@ class FusedLinear(Linear):
         routed = bool(routes) and any(adapter in routes for adapter in active)
         if not active or (self._borrowed and not routed):
             return self._stock(x, *args, **kwargs)
-        extra = sorted(kwargs) or (["positional arguments"] if args else [])
-        reason = f"its forward was given {', '.join(extra)}" if extra else call_reason(self, x, active)
+        if args or kwargs:
+            reason: str | None = f"its forward was given {', '.join(sorted(kwargs)) or 'positional arguments'}"
+        else:
+            reason = call_reason(self, x, active)
         if reason is None:
             return self._fused(x, active, routes)
         if routed:
@@ -59,6 +62,42 @@ class FusedLinear(Linear):
                 f"layer {names} computes with replaced terms, which needs the fused forward, but {reason}"
             )
         return self._stock(x, *args, **kwargs)
+
+    def sole_adapter(self, x: Tensor) -> str | None:
+        """The adapter with which a call with x is one ``lora_linear`` of a frozen base, and free to be made elsewhere.
+
+        None for everything else: several adapters or none, hooks on the layer, a base that trains or is no plain linear
+        layer, and what PEFT's own forward must compute.
+        """
+        active = self._computing()
+        if len(active) != 1 or _watched(self) or call_reason(self, x, active) is not None:
+            return None
+        if self._borrowed and active[0] not in self.__dict__.get("_routes", {}):
+            return None
+        base: Any = self._modules["base_layer"]
+        return active[0] if _plain_linear(base, x) and not _trains(base) else None
+
+    def group_layer(self, adapter: str) -> GroupLayer:
+        """What that call computes with."""
+        base: Any = self._modules["base_layer"]
+        terms = self._terms(adapter, self.__dict__.get("_routes", {}))
+        weight, bias = base._parameters["weight"], base._parameters["bias"]
+        return GroupLayer(weight, terms, bias, self._dropout_p(adapter))
+
+    def sources(self, adapter: str) -> tuple[Any, ...]:
+        """What ``group_layer`` reads; of replaced terms the route, as the terms may be new tensors in each call."""
+        base: Any = self._modules["base_layer"]
+        modules: Any = self._modules
+        return (
+            adapter,
+            base._parameters["weight"],
+            base._parameters["bias"],
+            modules["lora_A"]._modules[adapter]._parameters["weight"],
+            modules["lora_B"]._modules[adapter]._parameters["weight"],
+            self.scaling[adapter],
+            self._dropout_p(adapter),
+            self.__dict__.get("_routes", {}).get(adapter),
+        )
 
     def release(self) -> None:
         """Be PEFT's ``lora.Linear`` again: at once or, while an adapter is routed, when the last route ends."""
@@ -76,19 +115,40 @@ class FusedLinear(Linear):
         return [adapter for adapter in self.active_adapters if adapter in installed._modules]
 
     def _stock(self, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
-        _count("slow")
+        # A compiled graph would guard on the value of the counter and be compiled again on every call.
+        if not torch.compiler.is_compiling():
+            calls["slow"] += 1
         return super().forward(x, *args, **kwargs)
 
     def _fused(self, x: Tensor, active: list[str], routes: dict[str, Route]) -> Tensor:
-        _count("fast")
+        if not torch.compiler.is_compiling():
+            calls["fast"] += 1
+            if (shared := shared_output(self, x)) is not None:
+                return shared
         base: Any = self._modules["base_layer"]
-        terms = [self._terms(adapter, routes) for adapter in active]
-        dropout = [self._dropout_p(adapter) for adapter in active]
-        if not _plain_linear(base, x):
-            return _accumulate(base(x), x, terms, dropout)
-        W, b = base._parameters["weight"], base._parameters["bias"]
-        y = lora_linear(x, W, bias=b, **terms[0]._asdict(), dropout_p=dropout[0])
-        return _accumulate(y, x, terms[1:], dropout[1:])
+        if _plain_linear(base, x):
+            first, *rest = active
+            parameters = base._parameters
+            A, B, scale, gate, mix, merged_B, merge_weight = self._terms(first, routes)
+            y = lora_linear(
+                x,
+                parameters["weight"],
+                A,
+                B,
+                parameters["bias"],
+                scale=scale,
+                gate=gate,
+                mix=mix,
+                dropout_p=self._dropout_p(first),
+                merged_B=merged_B,
+                merge_weight=merge_weight,
+            )
+        else:
+            y, rest = base(x), active
+        for adapter in rest:
+            terms = self._terms(adapter, routes)
+            y = lora_accumulate(y, x, **terms._asdict(), dropout_p=self._dropout_p(adapter))
+        return y
 
     def _terms(self, adapter: str, routes: dict[str, Route]) -> LoraTerms:
         if adapter in routes:
@@ -115,12 +175,6 @@ class FusedLinear(Linear):
         return state
 
 
-def _count(path: str) -> None:
-    # A compiled graph would guard on the value of the counter and be compiled again on every call.
-    if not torch.compiler.is_compiling():
-        calls[path] += 1
-
-
 def _plain_linear(base: nn.Module, x: Tensor) -> bool:
     """Whether ``base`` is exactly ``x Wᵀ + b`` on ordinary tensors in x's dtype, which ``lora_linear`` computes."""
     if type(base) is not nn.Linear:
@@ -132,7 +186,5 @@ def _plain_linear(base: nn.Module, x: Tensor) -> bool:
     return bias is None or (type(bias) in PLAIN and bias.dtype is x.dtype)
 
 
-def _accumulate(y: Tensor, x: Tensor, terms: list[LoraTerms], dropout: list[float]) -> Tensor:
-    for term, p in zip(terms, dropout, strict=True):
-        y = lora_accumulate(y, x, **term._asdict(), dropout_p=p)
-    return y
+def _trains(base: nn.Module) -> bool:
+    return any(parameter is not None and parameter.requires_grad for parameter in base._parameters.values())

@@ -84,7 +84,8 @@ def assert_follows_rule(
         del exact[name]
         merged_B = flat[f"merged_B{n}"].double() if name.startswith("merge_weight") else 0.0
         size = (exact[f"B{n}"] / flat[name]).norm() * (flat[f"B{n}"].double() - merged_B).norm()
-        assert errors[0] <= 2 * errors[1] + torch.finfo(flat[f"B{n}"].dtype).eps * size, name
+        eps = max(torch.finfo(flat[operand].dtype).eps for operand in ("x", f"B{n}"))
+        assert errors[0] <= 2 * errors[1] + eps * size, name
     assert_accurate(got, torch_, exact)
 
 

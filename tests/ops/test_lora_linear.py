@@ -1,9 +1,15 @@
 from __future__ import annotations
 
+import os
+import subprocess
+import sys
+from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
 from torch import Tensor
 from torch.nn import functional as F
 
@@ -376,7 +382,7 @@ x, W, A, B = torch.randn(4, 6), torch.randn(5, 6), torch.randn(2, 6), torch.rand
         ({"merged_B": B}, ValueError, r"merged_B is given without merge_weight"),
         ({"merged_B": B.T, "merge_weight": 0.5}, ValueError, r"merged_B is torch.float32 \[2, 5\] on cpu"),
         ({"merged_B": B, "merge_weight": torch.ones(1)}, ValueError, r"merge_weight has shape \[1\]"),
-        ({"dropout_p": 1.0}, ValueError, r"dropout_p is 1.0; it must lie in \[0, 1\)"),
+        ({"dropout_p": 1.0}, ValueError, r"dropout_p is 1.0; it must lie in \[0, 1 - 2\*\*-17\)"),
         ({"dropout_p": 0.5, "seed": 2**64}, ValueError, r"seed is 18446744073709551616"),
         ({"dropout_p": 0.5, "seed": torch.tensor(1, device="meta")}, ValueError, r"seed is on meta but x on cpu"),
     ],
@@ -390,3 +396,90 @@ def test_errors(changed: dict[str, Any], error: type[Exception], message: str) -
 def test_plain_case_is_the_formula() -> None:
     expected = F.linear(x, W) + 2.0 * F.linear(F.linear(x, A), B)
     torch.testing.assert_close(lora_linear(x, W, A, B, scale=2.0), expected)
+
+
+# -- the C++ kernels --------------------------------------------------------------------------------------------------
+
+native = pytest.mark.skipif(not ops.native_status().loaded, reason=f"no extension: {ops.native_status().reason}")
+DIMENSION = st.one_of(st.integers(1, 80), st.sampled_from([96, 127, 128, 257, 500]))
+
+
+@settings(max_examples=60, deadline=None)
+@given(
+    rows=st.one_of(st.integers(1, 60), st.sampled_from([256, 300, 431, 640])),
+    d_in=DIMENSION,
+    d_out=DIMENSION,
+    r=st.one_of(st.integers(1, 40), st.sampled_from([64, 100, 256])),
+    dtypes=st.sampled_from(list(DTYPES)),
+    form=st.sampled_from(FORMS),
+    dropout_p=st.sampled_from([0.0, 0.1, 0.7]),
+)
+def test_error_rule_at_drawn_shapes(
+    rows: int, d_in: int, d_out: int, r: int, dtypes: str, form: str, dropout_p: float
+) -> None:
+    torch.manual_seed(rows * 31 + d_in)
+    case = operands(form, (rows,), d_in, d_out, r, *DTYPES[dtypes])
+    terms = {"scale": 1.3, "dropout_p": dropout_p, "seed": SEED if dropout_p else None}
+    check_error_rule(lora_linear, lora_linear_ref, case, **terms)
+
+
+@native
+@pytest.mark.parametrize("dtypes", ["fp32", "fp32 on bf16"])
+@pytest.mark.parametrize(("rows", "d_in", "d_out"), [(1100, 200, 72), (600, 72, 200), (20, 640, 900), (1, 500, 63)])
+def test_same_bits_for_every_number_of_threads(rows: int, d_in: int, d_out: int, dtypes: str) -> None:
+    case = operands("everything", (rows,), d_in, d_out, 8, *DTYPES[dtypes])
+    dy = torch.randn(rows, d_out).to(case["x"].dtype)
+    before = torch.get_num_threads()
+    found = []
+    try:
+        for threads in (1, 2, 3, 4):
+            torch.set_num_threads(threads)
+            found.append(gradients(lora_linear, tracked(case), dy, dropout_p=0.2, seed=SEED))
+    finally:
+        torch.set_num_threads(before)
+    wanted = found[0].keys() - {"weight", "bias"}  # those two are torch's own products
+    for other in found[1:]:
+        assert [name for name in wanted if not torch.equal(found[0][name], other[name])] == []
+
+
+@native
+def test_nothing_uninitialised_is_read() -> None:
+    """Fresh memory is filled with NaN, in torch's allocations by its own switch."""
+    case = operands("everything", (300,), 70, 90, 5, torch.float32)
+    expected = gradients(lora_linear, tracked(case), None, dropout_p=0.2, seed=SEED)
+    torch.use_deterministic_algorithms(True)
+    try:
+        assert torch.utils.deterministic.fill_uninitialized_memory
+        got = gradients(lora_linear, tracked(case), None, dropout_p=0.2, seed=SEED)
+    finally:
+        torch.use_deterministic_algorithms(False)
+    assert all(value.isfinite().all() for value in got.values())
+    torch.testing.assert_close(got, expected, rtol=0, atol=0)
+
+
+LEVEL = """
+import torch
+from mbf import ops
+from tests.ops.lora_cases import SEED, check_error_rule, operands
+from mbf.ops import lora_linear, lora_linear_ref
+assert ops.native_status().loaded
+for shape, p in (((50, 63), 0.3), ((7, 129), 0.9)):
+    with ops.use_backend("reference"):
+        expected = ops.dropout_mask(SEED, shape, p)
+    assert torch.equal(ops.dropout_mask(SEED, shape, p), expected)
+    case = operands("plain", shape[:1], shape[1], shape[1], shape[1], torch.float64)
+    x, eye = case["x"].float(), torch.eye(shape[1])
+    case |= {"x": x, "weight": torch.zeros_like(eye), "A": eye, "B": eye, "bias": None}
+    assert torch.equal(lora_linear(**case, dropout_p=p, seed=SEED) != 0, expected)
+for dtype in (torch.float32, torch.bfloat16, torch.float16):
+    check_error_rule(lora_linear, lora_linear_ref, operands("everything", (60,), 65, 130, 19, torch.float32, dtype),
+                     dropout_p=0.3, seed=SEED)
+"""
+
+
+@native
+@pytest.mark.parametrize("capability", ["default", "avx2", "avx512"])
+def test_every_instruction_set(capability: str) -> None:
+    environment = os.environ | {"ATEN_CPU_CAPABILITY": capability}
+    root = Path(__file__).resolve().parents[2]
+    subprocess.run([sys.executable, "-c", LEVEL], env=environment, cwd=root, check=True, timeout=300)

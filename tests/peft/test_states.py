@@ -21,6 +21,7 @@ from transformers.pytorch_utils import Conv1D
 
 import mbf.peft
 from mbf.ops import draw_seed, dropout_mask
+from mbf.ops.philox import keep_scale
 from mbf.peft import FusedLinear
 
 from .helpers import add, assert_as_accurate, llama, lora, randomise, results, swapped, tokens, took
@@ -206,8 +207,8 @@ def test_x_used_twice_and_backward_twice() -> None:
         loss.backward(retain_graph=True)
         loss.backward()
         grads.append(x.grad)
-    torch.testing.assert_close(grads[1], grads[0])
     assert grads[0] is not None and grads[0].abs().max() > 0
+    torch.testing.assert_close(grads[1], grads[0], rtol=1e-5, atol=1e-6 * grads[0].abs().max().item())
 
 
 def test_input_is_left_alone() -> None:
@@ -244,7 +245,7 @@ def test_dropout_is_the_mask_of_the_drawn_seed() -> None:
     with took("fast", 1):
         y = fused(x)
     A, B = layer.lora_A["default"].weight, layer.lora_B["default"].weight
-    dropped = x * dropout_mask(seed, x.shape, p) / (1 - p)
+    dropped = x * dropout_mask(seed, x.shape, p) * keep_scale(p)
     torch.testing.assert_close(y, layer.base_layer(x) + layer.scaling["default"] * dropped @ A.T @ B.T)
 
 
@@ -390,6 +391,7 @@ class LoudDropout(nn.Dropout):
         lambda layer: layer.lora_B.update({"default": LoudLinear(4, 21, bias=False)}),
         lambda layer: layer.lora_dropout.update({"default": LoudDropout(0.2)}),
         lambda layer: layer.lora_dropout.update({"default": nn.Dropout(0.2, inplace=True).eval()}),
+        lambda layer: layer.lora_dropout.update({"default": nn.Dropout(1 - 1e-6)}),
         lambda layer: layer.scaling.update(default=torch.tensor([0.5])),
         lambda layer: torch.nn.utils.parametrizations.orthogonal(layer.lora_A["default"]),
     ],

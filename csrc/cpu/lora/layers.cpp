@@ -9,14 +9,20 @@ namespace {
 
 using torch::stable::parallel_for;
 
-constexpr int64_t kProjectGrain = 24;  // rows below which a second thread costs more than it saves
+constexpr int64_t kThreadsPerTile = 4;  // beyond it tiles would leave threads idle that BLAS itself can use
+constexpr int64_t kProjectGrain = 24;   // rows below which a second thread costs more than it saves
+
+// Whether torch makes the base product of all rows in one call. With threads for that, the bits depend on their number
+// as those of torch's own linear layer do.
+bool whole_base(ScalarType type, int64_t tiles) {
+  return !must_widen(type) && (in_one_call(type) || torch::stable::get_num_threads() > kThreadsPerTile * tiles);
+}
 
 // x [rows, d_in] and the outputs as matrices.
 template <typename C>
 void forward_rows(const Tensor& x, const std::vector<Layer>& layers, const std::vector<Branch<C>>& branches,
                   const LayerOutputs& out) {
   const int64_t rows = x.size(0), d_in = x.size(1);
-  const bool whole = in_one_call(x.scalar_type()) && !must_widen(x.scalar_type());
   std::vector<Scratch<C>> zs;
   std::vector<Grid> grids;
   struct Tile {
@@ -28,15 +34,18 @@ void forward_rows(const Tensor& x, const std::vector<Layer>& layers, const std::
     zs.emplace_back(rows * branches[n].rank());
     grids.emplace_back(rows, layers[n].weight.size(0), d_in);
     for (int64_t chunk = 0; chunk < grids[n].column_chunks; ++chunk) across.push_back({n, chunk});
-    if (whole) base_product(out.ys[n], x, layers[n].weight, layers[n].bias);
+  }
+  const int64_t width = static_cast<int64_t>(across.size()), tiles = grids[0].row_chunks * width;
+  const bool whole = whole_base(x.scalar_type(), tiles);
+  for (size_t n = 0; n < layers.size() && whole; ++n) {
+    base_product(out.ys[n], x, layers[n].weight, layers[n].bias);
   }
   parallel_for(0, rows, kProjectGrain, [&](int64_t begin, int64_t end) {
     std::vector<C*> z_data;
     for (size_t n = 0; n < layers.size(); ++n) z_data.push_back(zs[n].get() + begin * branches[n].rank());
     project_all<C>(branches, rows_in(x).at(begin), begin, end - begin, out.hs, z_data);
   });
-  const int64_t width = static_cast<int64_t>(across.size());
-  parallel_for(0, grids[0].row_chunks * width, 1, [&](int64_t begin, int64_t end) {
+  parallel_for(0, tiles, 1, [&](int64_t begin, int64_t end) {
     for (int64_t tile = begin; tile < end; ++tile) {
       const auto [n, column_chunk] = across[tile % width];
       const Grid& grid = grids[n];
@@ -51,8 +60,8 @@ void forward_rows(const Tensor& x, const std::vector<Layer>& layers, const std::
 template <typename C>
 void backward_rows(const std::vector<MaybeTensor>& dys, const std::vector<Tensor>& hs, const MaybeTensor& x,
                    const std::vector<Layer>& layers, const MaybeTensor& dx, BranchBackward<C>& branches) {
-  const bool whole = dx && in_one_call(dx->scalar_type()) && !must_widen(dx->scalar_type());
   const Grid& grid = branches.grid();
+  const bool whole = dx && whole_base(dx->scalar_type(), grid.tiles());
   parallel_for(0, grid.row_chunks, 1, [&](int64_t begin, int64_t end) {
     for (int64_t chunk = begin; chunk < end; ++chunk) {
       std::vector<Rows> here;

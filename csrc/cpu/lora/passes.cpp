@@ -2,6 +2,8 @@
 
 #include <algorithm>
 
+#include "serial_blas.h"
+
 namespace mbf::cpu {
 namespace {
 
@@ -97,6 +99,7 @@ void clear(const Tensor& tensor) {
 template <typename C>
 void forward_tile(const Layer& layer, const Branch<C>& branch, const Tensor& x, const Tensor& y, const Grid& grid,
                   int64_t column_chunk, const C* z, bool base) {
+  const SerialBlas alone;
   const int64_t n = x.size(0), d_in = x.size(1);
   const int64_t column = grid.column(column_chunk), columns = grid.column(column_chunk + 1) - column;
   const Rows to = part(rows_in(y), 0, column);
@@ -143,6 +146,7 @@ template <typename C>
 void backward_tile(const std::vector<Layer>& layers, BranchBackward<C>& branches, int64_t row_chunk,
                    int64_t column_chunk, const std::vector<MaybeTensor>& dys, const MaybeTensor& x,
                    const MaybeTensor& dx, bool base) {
+  const SerialBlas alone;
   const Grid& grid = branches.grid();
   const int64_t n = grid.row(row_chunk + 1) - grid.row(row_chunk);
   const int64_t column = grid.column(column_chunk), columns = grid.column(column_chunk + 1) - column;

@@ -159,6 +159,7 @@ Tensors forward_chunks(const Tensor& x, const Mlp& mlp, bool recompute) {
   const Grid& grid = grids[0];
   Workspaces workspaces = mlp.workspaces(x, recompute ? 2 : 1);
   parallel_for(0, grid.row_chunks, 1, [&](int64_t begin, int64_t end) {
+    const NoGrad no_grad;
     const Tensors own = workspaces.take();
     for (int64_t chunk = begin; chunk < end; ++chunk) {
       const int64_t row = grid.row(chunk), n = grid.row(chunk + 1) - row;
@@ -207,6 +208,7 @@ MlpGradients backward_chunks(const Tensor& dy, const Tensor& x, const MaybeTenso
   const Grid &grid = inner_back.grid(), &outer_grid = outer_back.grid();
   Workspaces workspaces = mlp.workspaces(x, again ? 4 : 2);
   parallel_for(0, grid.row_chunks, 1, [&](int64_t begin, int64_t end) {
+    const NoGrad no_grad;
     const Tensors own = workspaces.take();
     for (int64_t chunk = begin; chunk < end; ++chunk) {
       const int64_t row = grid.row(chunk), n = grid.row(chunk + 1) - row;

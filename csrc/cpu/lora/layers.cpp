@@ -46,6 +46,7 @@ void forward_rows(const Tensor& x, const std::vector<Layer>& layers, const std::
     project_all<C>(branches, rows_in(x).at(begin), begin, end - begin, out.hs, z_data);
   });
   parallel_for(0, tiles, 1, [&](int64_t begin, int64_t end) {
+    const NoGrad no_grad;
     for (int64_t tile = begin; tile < end; ++tile) {
       const auto [n, column_chunk] = across[tile % width];
       const Grid& grid = grids[n];
@@ -79,6 +80,7 @@ void backward_rows(const std::vector<MaybeTensor>& dys, const std::vector<Tensor
     if (!add) clear(*dx);
   }
   parallel_for(0, grid.tiles(), 1, [&](int64_t begin, int64_t end) {
+    const NoGrad no_grad;
     for (int64_t tile = begin; tile < end; ++tile) {
       const int64_t chunk = tile / grid.column_chunks;
       const int64_t row = grid.row(chunk), size = grid.row(chunk + 1) - row;
@@ -257,6 +259,7 @@ LayerGradients differentiate_branch(const Tensor& dy, const Tensor& h, const May
     }
   });
   parallel_for(0, need_dx || asked.A ? grid.tiles() : 0, 1, [&](int64_t begin, int64_t end) {
+    const NoGrad no_grad;
     for (int64_t tile = begin; tile < end; ++tile) {
       const int64_t row = tile / grid.column_chunks, column = tile % grid.column_chunks;
       backward.visit(row, column, part(rows_or_none(x_rows), grid.row(row), grid.column(column)),

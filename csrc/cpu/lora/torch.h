@@ -41,6 +41,18 @@ inline std::vector<int64_t> shape_of(const Tensor& tensor) {
   return {sizes.begin(), sizes.end()};
 }
 
+// No autograd for the operators that a worker thread calls, which does not inherit the caller's place below autograd.
+class NoGrad {
+ public:
+  NoGrad() : before_(aoti_torch_grad_mode_is_enabled()) { aoti_torch_grad_mode_set_enabled(false); }
+  ~NoGrad() { aoti_torch_grad_mode_set_enabled(before_); }
+  NoGrad(const NoGrad&) = delete;
+  NoGrad& operator=(const NoGrad&) = delete;
+
+ private:
+  bool before_;
+};
+
 // [..., columns] as the contiguous matrix [rows, columns].
 inline Tensor rows_of(const Tensor& tensor) {
   const Tensor packed = tensor.is_contiguous() ? tensor : torch::stable::contiguous(tensor);

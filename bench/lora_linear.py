@@ -34,6 +34,7 @@ from torch.nn import functional as F
 
 import mbf
 from mbf.ops import draw_seed, dropout_mask
+from mbf.ops.philox import keep_scale
 from mbf.peft import calls
 
 SCALE = 2
@@ -161,10 +162,11 @@ def build(case: Case, W: nn.Parameter, A: Tensor, B: Tensor, compiled: bool) -> 
 # -- right before fast -------------------------------------------------------------------------------------------------
 
 
-def formula(x: Tensor, W: Tensor, factors: Sequence[Tensor], keep: Tensor | None, p: float) -> Tensor:
+def formula(x: Tensor, W: Tensor, factors: Sequence[Tensor], keep: Tensor | None, scale: float) -> Tensor:
+    """The layer with x dropped where ``keep`` is False and else multiplied by ``scale``."""
     A, B = factors
     wide = x.to(A.dtype)
-    dropped = wide if keep is None else wide * keep / (1 - p)
+    dropped = wide if keep is None else wide * keep * scale
     return (F.linear(x, W) + SCALE * F.linear(F.linear(dropped, A), B)).to(x.dtype)
 
 
@@ -176,10 +178,11 @@ def results(y: Tensor, inputs: Sequence[Tensor], dy: Tensor) -> dict[str, Tensor
 def wrong(name: str, variant: Variant, keep: Tensor | None, case: Case, x: Tensor, W: Tensor, dy: Tensor) -> list[str]:
     """What of the variant's y and gradients, computed after ``manual_seed(1)``, the mask ``keep`` doesn't explain."""
     torch.manual_seed(1)
+    scale = keep_scale(case.p) if name == "mbf" else 1 / (1 - case.p)
     got = results(variant.run(x), (x, *variant.factors), dy)
-    plain = results(formula(x, W, variant.factors, keep, case.p), (x, *variant.factors), dy)
+    plain = results(formula(x, W, variant.factors, keep, scale), (x, *variant.factors), dy)
     wide, *factors = (t.detach().double().requires_grad_() for t in (x, *variant.factors))
-    exact = results(formula(wide, W.double(), factors, keep, case.p), (wide, *factors), dy.double())
+    exact = results(formula(wide, W.double(), factors, keep, scale), (wide, *factors), dy.double())
     found = failures(got, plain, exact, torch.finfo(x.dtype).eps)
     if case.p and torch.equal(got["y"], variant.run(x)):
         found.append("two forwards dropped the same elements")

@@ -74,7 +74,7 @@ BOTH_P = (0.0, 0.1)
 CLAIMS = [
     *product(["2048x2048", "2048x512"], ["fp32"], [16], BOTH_P, [512]),
     *product(["576x576"], ["fp32"], [8], BOTH_P, [1, 16, 512]),
-    *product(["1024x1024"], ["bf16"], [16], BOTH_P, [128]),
+    *product(["1024x1024"], ["fp32", "bf16"], [16], BOTH_P, [128]),
 ]
 SWEEP = [
     *CLAIMS,

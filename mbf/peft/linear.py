@@ -111,8 +111,11 @@ class FusedLinear(Linear):
         """The adapters that add to the base output now; none while disabled or merged."""
         if self._disable_adapters or self.merged_adapters:
             return []
-        installed: Any = self._modules["lora_A"]
-        return [adapter for adapter in self.active_adapters if adapter in installed._modules]
+        installed: Any = self._modules["lora_A"]._modules  # type: ignore[union-attr]
+        active = self._active_adapter  # what the property active_adapters wraps twice
+        if isinstance(active, str):
+            return [active] if active in installed else []
+        return [adapter for adapter in active if adapter in installed]
 
     def _stock(self, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
         # A compiled graph would guard on the value of the counter and be compiled again on every call.

@@ -327,3 +327,21 @@ narrow = GroupLayer(torch.randn(4, 6), LoraTerms(torch.randn(2, 6), torch.randn(
 def test_errors(changed: dict[str, Any], error: type[Exception], message: str) -> None:
     with pytest.raises(error, match=message):
         lora_mlp(x, **{**good, **changed})
+
+
+@pytest.mark.skipif(not ops.native_status().loaded, reason=f"no extension: {ops.native_status().reason}")
+@pytest.mark.parametrize("recompute", [False, True])
+@pytest.mark.parametrize("dtypes", ["fp32", "fp32 on bf16"])
+def test_same_bits_by_chunks_and_by_layers(dtypes: str, recompute: bool) -> None:
+    """700 rows are three chunks: up to three threads take chunks through the whole MLP, four go layer by layer."""
+    flat = mlp("everything", (700,), 70, 130, *DTYPES[dtypes])
+    before = torch.get_num_threads()
+    found = []
+    try:
+        for threads in (1, 2, 3, 4):
+            torch.set_num_threads(threads)
+            found.append(results(lora_mlp, tracked(flat), gradient_of(flat), dropout_p=0.2, recompute=recompute))
+    finally:
+        torch.set_num_threads(before)
+    for other in found[1:]:
+        assert [name for name in found[0] if not torch.equal(found[0][name], other[name])] == []

@@ -1,0 +1,132 @@
+"""``mbf bench`` at tiny sizes: what it prints, that it refuses a wrong layer, and what it says to bad values."""
+
+from __future__ import annotations
+
+import re
+from typing import Any
+
+import pytest
+import torch
+from typer.testing import CliRunner
+
+from mbf.cli.app import app
+from mbf.cli.errors import FAILURE, USER
+from mbf.ops import lora_linear, native_status
+from mbf.run.bench import RANKS, Case, bench
+from mbf.run.bench import _cases as cases
+
+TINY = ("--tokens", "8", "--rounds", "2", "--shape", "16x24", "--rank", "4")
+RATIO = re.compile(r"\d+\.\d\d\b")
+
+
+def mbf(*arguments: str) -> Any:
+    return CliRunner().invoke(app, ["bench", *arguments], prog_name="mbf")
+
+
+def lines_of(result: Any, shape: str) -> list[str]:
+    return [line for line in result.stdout.splitlines() if line.startswith(shape)]
+
+
+@pytest.mark.parametrize("dtype", ["fp32", "bf16", "fp16"])
+def test_each_row_has_its_times(dtype: str) -> None:
+    report = bench(shapes=["64x96", "96x64"], rank=4, tokens=8, rounds=2, dtype=dtype)
+    assert [row.case for row in report.rows] == [
+        Case(*sizes, 4, p, 8, dtype) for sizes in ((64, 96), (96, 64)) for p in (0.0, 0.1)
+    ]
+    for row in report.rows:
+        assert row.problems == () and row.rounds == 2
+        assert list(row.milliseconds) == ["frozen", "peft", "mbf"] and min(row.milliseconds.values()) > 0
+        assert row.over_frozen("frozen") == 1
+        assert row.against_peft() == pytest.approx(row.over_frozen("peft") / row.over_frozen("mbf"))
+
+
+def test_the_command_prints_facts_and_ratios() -> None:
+    result = mbf(*TINY, "--threads", "1")
+    assert result.exit_code == 0, result.output
+    assert f"torch: {torch.__version__}" in result.stdout
+    assert "threads: 1\n" in result.stdout
+    assert f"compiled extension: {'loaded' if native_status().loaded else 'not loaded'}" in result.stdout
+    rows = lines_of(result, "16x24")
+    assert [row.split()[:5] for row in rows] == [["16x24", "r=4", f"p={p}", "T=8", "fp32"] for p in ("0", "0.1")]
+    assert all(len(RATIO.findall(row.split("fp32")[1])) >= 3 for row in rows)
+
+
+def test_nothing_stays_changed() -> None:
+    threads, state = torch.get_num_threads(), torch.get_rng_state()
+    bench(shapes=["16x24"], tokens=8, rounds=1, threads=1)
+    assert torch.get_num_threads() == threads
+    assert torch.equal(torch.get_rng_state(), state)
+
+
+def test_defaults() -> None:
+    found = cases((), (), None, 512, "fp32")
+    assert [(f"{case.d_in}x{case.d_out}", case.rank, case.p) for case in found] == [
+        (shape, rank, p) for shape, rank in RANKS.items() for p in (0.0, 0.1)
+    ]
+    assert [case.rank for case in cases(["7x5"], [0.0], None, 512, "fp32")] == [16]
+    assert {case.rank for case in cases((), (), 3, 512, "fp32")} == {3}
+
+
+# -- planted errors ------------------------------------------------------------------------------------------------
+
+
+def wrong_y(*args: Any, **kwargs: Any) -> torch.Tensor:
+    return lora_linear(*args, **kwargs) * 1.00001
+
+
+def wrong_gradients(*args: Any, **kwargs: Any) -> torch.Tensor:
+    y = lora_linear(*args, **kwargs)
+    return y + 0.001 * (y - y.detach())
+
+
+def not_a_number(*args: Any, **kwargs: Any) -> torch.Tensor:
+    return lora_linear(*args, **kwargs) * float("nan")
+
+
+@pytest.mark.parametrize(
+    ("planted", "names"),
+    [(wrong_y, {"y", "dx", "dA", "dB"}), (wrong_gradients, {"dx", "dA", "dB"}), (not_a_number, {"y", "dx"})],
+)
+def test_a_wrong_layer_has_no_ratio(monkeypatch: pytest.MonkeyPatch, planted: Any, names: set[str]) -> None:
+    monkeypatch.setattr("mbf.peft.linear.lora_linear", planted)
+    result = mbf(*TINY)
+    assert result.exit_code == FAILURE
+    rows = lines_of(result, "16x24")
+    assert len(rows) == 2
+    assert all(row.split("fp32")[1].split() == ["wrong"] for row in rows)
+    assert names <= set(re.findall(r"p=0\.1 .*: not timed: (\w+) is off", result.stderr))
+
+
+def test_a_layer_left_to_peft_has_no_ratio(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("mbf.run.bench.fuse", lambda layer: None)
+    report = bench(shapes=["16x24"], ps=[0.0], tokens=8, rounds=2)
+    assert not report.correct
+    assert [(row.milliseconds, row.problems) for row in report.rows] == [({}, ("the layer was left to PEFT",))]
+
+
+# -- bad values ----------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("option", "value", "wanted"),
+    [
+        ("shape", "576", "DINxDOUT"),
+        ("shape", "0x8", "DINxDOUT"),
+        ("shape", "8x8x8", "DINxDOUT"),
+        ("dtype", "fp8", "fp32, bf16, fp16"),
+        ("p", "1", "below 1"),
+        ("p", "-0.1", "at least 0"),
+        ("p", "nan", "below 1"),
+        ("rank", "0", "above 0"),
+        ("tokens", "-1", "above 0"),
+        ("rounds", "0", "above 0"),
+        ("threads", "0", "from 1 to"),
+        ("threads", "1000000", "from 1 to"),
+    ],
+)
+def test_a_bad_value_is_one_line(option: str, value: str, wanted: str) -> None:
+    result = mbf(f"--{option}={value}")
+    assert result.exit_code == USER
+    assert result.stdout == ""
+    (line,) = result.stderr.splitlines()
+    assert line.startswith(f"mbf: {option}: found ") and value in line and wanted in line

@@ -19,11 +19,10 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> lora_accumula
   const Operands operands{A, B, scale, gate, mix, dropout_p, seed, merged_B, merge_weight};
   const LayerGradients gradients =
       accumulate_backward(dy, h, x, operands, x ? x->scalar_type() : dy.scalar_type(), needs[0], asked_of(needs, 1));
-  Results results(dy);
-  results.add(gradients.dx);
-  results.add(gradients.branches[0]);
-  const Tensors& out = results.tensors;
-  return {out[0], out[1], out[2], out[3], out[4], out[5], out[6]};
+  const BranchGradients& branch = gradients.branches[0];
+  return {or_undefined(gradients.dx),       or_undefined(branch.A),   or_undefined(branch.B),
+          or_undefined(branch.gate),        or_undefined(branch.mix), or_undefined(branch.merged_B),
+          or_undefined(branch.merge_weight)};
 }
 
 }  // namespace mbf::cpu

@@ -15,7 +15,7 @@ Tensor product_of_rows(const Tensor& left, const Tensor& right) {
         product_of_rows(torch::stable::to(left, ScalarType::Float), torch::stable::to(right, ScalarType::Float));
     return torch::stable::to(wide, type);
   }
-  const Tensor out = empty(left, {left.size(1), right.size(1)}, type);
+  const Tensor out = empty({left.size(1), right.size(1)}, type);
   mm_out(out, transposed(left), right);
   return out;
 }
@@ -36,13 +36,16 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tenso
     std::vector<bool> needs) {
   const Layer layer{weight, std::nullopt, {A, B, scale, gate, mix, dropout_p, seed, merged_B, merge_weight}};
   const LayerGradients gradients = backward({dy}, {h}, x, {layer}, needs[0], {asked_of(needs, 3)});
-  Results results(dy);
-  results.add(gradients.dx);
-  results.add(needs[1] && x ? MaybeTensor(product_of_rows(rows_of(dy), rows_of(*x))) : std::nullopt);
-  results.add(needs[2] ? MaybeTensor(torch::stable::sum(rows_of(dy), std::vector<int64_t>{0})) : std::nullopt);
-  results.add(gradients.branches[0]);
-  const Tensors& out = results.tensors;
-  return {out[0], out[1], out[2], out[3], out[4], out[5], out[6], out[7], out[8]};
+  const BranchGradients& branch = gradients.branches[0];
+  return {or_undefined(gradients.dx),
+          needs[1] && x ? product_of_rows(rows_of(dy), rows_of(*x)) : Tensor(),
+          needs[2] ? torch::stable::sum(rows_of(dy), std::vector<int64_t>{0}) : Tensor(),
+          or_undefined(branch.A),
+          or_undefined(branch.B),
+          or_undefined(branch.gate),
+          or_undefined(branch.mix),
+          or_undefined(branch.merged_B),
+          or_undefined(branch.merge_weight)};
 }
 
 }  // namespace mbf::cpu

@@ -67,7 +67,7 @@ void gated_backward(const Tensor& g, const Tensor& u, const Tensor& da, bool gel
 }
 
 Tensor activated(const Tensor& g, const Tensor& u, bool gelu) {
-  const Tensor a = torch::stable::new_empty(g, shape_of(g), g.scalar_type());
+  const Tensor a = empty(shape_of(g), g.scalar_type());
   g.scalar_type() == ScalarType::Double ? gated<double>(g, u, gelu, a) : gated<float>(g, u, gelu, a);
   return a;
 }
@@ -76,8 +76,8 @@ Tensor activated(const Tensor& g, const Tensor& u, bool gelu) {
 // its own, whose pages go back to the system after every call.
 class Workspaces {
  public:
-  Workspaces(const Tensor& like, int64_t count, int64_t rows, int64_t columns, ScalarType type)
-      : like_(like), count_(count), rows_(rows), columns_(columns), type_(type) {
+  Workspaces(int64_t count, int64_t rows, int64_t columns, ScalarType type)
+      : count_(count), rows_(rows), columns_(columns), type_(type) {
     for (uint32_t n = 0; n < torch::stable::get_num_threads(); ++n) ready_.push_back(make());
   }
 
@@ -90,11 +90,10 @@ class Workspaces {
  private:
   Tensors make() const {
     Tensors out;
-    for (int64_t n = 0; n < count_; ++n) out.push_back(empty(like_, {rows_, columns_}, type_));
+    for (int64_t n = 0; n < count_; ++n) out.push_back(empty({rows_, columns_}, type_));
     return out;
   }
 
-  const Tensor& like_;
   int64_t count_, rows_, columns_;
   ScalarType type_;
   std::vector<Tensors> ready_;
@@ -134,14 +133,14 @@ struct Mlp {
   Grid grid(int64_t columns, int64_t depth) const { return Grid(rows, columns, depth); }
   Workspaces workspaces(const Tensor& x, int64_t count) const {
     const Grid chunks = grid(d_ff, d_in);
-    return Workspaces(x, count, (rows + chunks.row_chunks - 1) / chunks.row_chunks, d_ff, type);
+    return Workspaces(count, (rows + chunks.row_chunks - 1) / chunks.row_chunks, d_ff, type);
   }
 };
 
 Tensor like_with(const Tensor& x, int64_t columns, ScalarType type) {
   std::vector<int64_t> shape = shape_of(x);
   shape.back() = columns;
-  return torch::stable::new_empty(x, shape, type);
+  return empty(shape, type);
 }
 
 // -- forward --------------------------------------------------------------------------------------------------
@@ -150,7 +149,7 @@ template <typename C>
 Tensors forward_chunks(const Tensor& x, const Mlp& mlp, bool recompute) {
   const std::vector<Branch<C>> inner = branches_of<C>(mlp.inner, x), outer = branches_of<C>(mlp.outer, x);
   const auto h = [&](const Layer& layer) { return like_with(x, layer.branch.A.size(0), layer.branch.A.scalar_type()); };
-  const auto kept = [&] { return recompute ? torch::stable::new_empty(x, {0}) : like_with(x, mlp.d_ff, mlp.type); };
+  const auto kept = [&] { return recompute ? empty({0}, x.scalar_type()) : like_with(x, mlp.d_ff, mlp.type); };
   const Tensors out{
       like_with(x, mlp.d_out, mlp.type), kept(), kept(), h(mlp.inner[0]), h(mlp.inner[1]), h(mlp.outer[0])};
   const Tensor x_rows = rows_of(x), y_rows = rows_of(out[0]);
@@ -179,7 +178,7 @@ Tensors forward_chunks(const Tensor& x, const Mlp& mlp, bool recompute) {
 Tensors forward_layers(const Tensor& x, const Mlp& mlp, bool recompute) {
   const LayerOutputs inner = forward(x, mlp.inner);
   const LayerOutputs outer = forward(activated(inner.ys[0], inner.ys[1], mlp.gelu), mlp.outer);
-  const auto kept = [&](const Tensor& tensor) { return recompute ? torch::stable::new_empty(x, {0}) : tensor; };
+  const auto kept = [&](const Tensor& tensor) { return recompute ? empty({0}, x.scalar_type()) : tensor; };
   return {outer.ys[0], kept(inner.ys[0]), kept(inner.ys[1]), inner.hs[0], inner.hs[1], outer.hs[0]};
 }
 
@@ -252,8 +251,8 @@ MlpGradients backward_layers(const Tensor& dy, const Tensor& x, MaybeTensor g, M
   out.outer = backward({dy}, {hs[2]}, a, mlp.outer, need_inner, {asked[2]});
   out.inner.branches.resize(2);
   if (!need_inner) return out;
-  const Tensor dg = torch::stable::new_empty(*g, shape_of(*g), g->scalar_type());
-  const Tensor du = torch::stable::new_empty(*u, shape_of(*u), u->scalar_type());
+  const Tensor dg = empty(shape_of(*g), g->scalar_type());
+  const Tensor du = empty(shape_of(*u), u->scalar_type());
   if (g->scalar_type() == ScalarType::Double) {
     gated_backward<double>(*g, *u, *out.outer.dx, mlp.gelu, dg, du);
   } else {

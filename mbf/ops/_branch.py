@@ -143,17 +143,21 @@ def add_input_gradient_(dx: Tensor, dh: Tensor, keep: Tensor | None, branch: Bra
 # -- autograd ----------------------------------------------------------------------------------------------------------
 
 
+def asked_like(operands: Iterable[Tensor | None], needs: Iterable[bool]) -> tuple[Tensor | None, ...]:
+    """Fake gradients: each that is asked is as its operand is, the others are None."""
+    return tuple(
+        t.new_empty(t.shape) if need and t is not None else None for t, need in zip(operands, needs, strict=True)
+    )
+
+
 def packed(like: Tensor, gradients: Iterable[Tensor | None]) -> tuple[Tensor, ...]:
-    """An operator returns tensors: an empty one stands for a gradient that was not asked."""
+    """For operators that return lists, which cannot hold None: an empty tensor stands for it."""
     return tuple(like.new_empty(0) if gradient is None else gradient for gradient in gradients)
 
 
 def packed_fake(like: Tensor, operands: Iterable[Tensor | None], needs: Iterable[bool]) -> tuple[Tensor, ...]:
-    """The shapes of ``packed``: every gradient asked is as its operand is."""
-    return packed(
-        like,
-        [t.new_empty(t.shape) if need and t is not None else None for t, need in zip(operands, needs, strict=True)],
-    )
+    """``asked_like``, packed."""
+    return packed(like, asked_like(operands, needs))
 
 
 def save(ctx: Any, h: Tensor, operands: Sequence[Any], *tensors: Tensor | None) -> None:
@@ -175,9 +179,9 @@ def needs(ctx: Any, lead: int) -> list[bool]:
     return [*asked[: lead + 2], asked[lead + 3], asked[lead + 4], asked[lead + 7], asked[lead + 8]]
 
 
-def spread(gradients: Sequence[Tensor], asked: Sequence[bool]) -> tuple[Tensor | None, ...]:
-    """Undo ``packed``, and put None where scale, dropout_p and seed stand among the inputs."""
-    *lead, A, B, gate, mix, merged_B, weight = (g if ask else None for g, ask in zip(gradients, asked, strict=True))
+def spread(gradients: Sequence[Tensor | None]) -> tuple[Tensor | None, ...]:
+    """Put None where scale, dropout_p and seed stand among the inputs."""
+    *lead, A, B, gate, mix, merged_B, weight = gradients
     return (*lead, A, B, None, gate, mix, None, None, merged_B, weight)
 
 

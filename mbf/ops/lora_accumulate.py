@@ -49,7 +49,7 @@ def _forward(y: Tensor, x: Tensor, *operands: Any) -> tuple[Tensor, Tensor]:
     return out, h
 
 
-def _backward(dy: Tensor, h: Tensor, x: Tensor | None, *operands: Any) -> tuple[Tensor, ...]:
+def _backward(dy: Tensor, h: Tensor, x: Tensor | None, *operands: Any) -> tuple[Tensor | None, ...]:
     *rest, needs = operands
     branch = Branch(*rest)
     keep = _branch.mask(branch, dy.shape[:-1], dy.device) if needs[0] or needs[1] else None
@@ -58,19 +58,19 @@ def _backward(dy: Tensor, h: Tensor, x: Tensor | None, *operands: Any) -> tuple[
     if needs[0] and dh is not None:
         dx = _branch.input_gradient(dh, keep, branch).to(dy.dtype if x is None else x.dtype)
         dx = dx.view(*dy.shape[:-1], branch.A.shape[1])
-    return _branch.packed(dy, (dx, *gradients))
+    return dx, *gradients
 
 
 def _forward_fake(y: Tensor, x: Tensor, A: Tensor, *_: Any) -> tuple[Tensor, Tensor]:
     return y.new_empty(y.shape), A.new_empty((*x.shape[:-1], A.shape[0]))
 
 
-def _backward_fake(dy: Tensor, h: Tensor, x: Tensor | None, *operands: Any) -> tuple[Tensor, ...]:
+def _backward_fake(dy: Tensor, h: Tensor, x: Tensor | None, *operands: Any) -> tuple[Tensor | None, ...]:
     *rest, needs = operands
     branch = Branch(*rest)
     if x is None:
         x = dy.new_empty((*dy.shape[:-1], branch.A.shape[1]))
-    return _branch.packed_fake(dy, (x, *branch.tensors), needs)
+    return _branch.asked_like((x, *branch.tensors), needs)
 
 
 define(f"lora_accumulate(Tensor y, Tensor x, {SCHEMA}) -> (Tensor, Tensor)", _forward, _forward_fake)
@@ -93,8 +93,7 @@ def _autograd_backward(ctx: Any, dy: Tensor | None, _: Tensor | None = None) -> 
     if dy is None:
         return (None,) * 11
     h, operands, (x,) = _branch.saved(ctx)
-    asked = _branch.needs(ctx, 2)[1:]
-    return (dy, *_branch.spread(_backward_operator(dy, h, x, *operands, asked), asked))
+    return (dy, *_branch.spread(_backward_operator(dy, h, x, *operands, _branch.needs(ctx, 2)[1:])))
 
 
 _backward_operator = torch.ops.mbf.lora_accumulate_backward.default

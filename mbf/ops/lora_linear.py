@@ -44,7 +44,7 @@ def _forward(x: Tensor, weight: Tensor, bias: Tensor | None, *operands: Any) -> 
     return y, h
 
 
-def _backward(dy: Tensor, h: Tensor, x: Tensor | None, weight: Tensor, *operands: Any) -> tuple[Tensor, ...]:
+def _backward(dy: Tensor, h: Tensor, x: Tensor | None, weight: Tensor, *operands: Any) -> tuple[Tensor | None, ...]:
     *rest, needs = operands
     branch = Branch(*rest)
     need_x, need_weight, need_bias, *need_branch = needs
@@ -60,17 +60,19 @@ def _backward(dy: Tensor, h: Tensor, x: Tensor | None, weight: Tensor, *operands
         dweight = rows.t() @ _branch.rows(x)
     if need_bias:
         dbias = rows.sum(0)
-    return _branch.packed(dy, (dx, dweight, dbias, *gradients))
+    return dx, dweight, dbias, *gradients
 
 
 def _forward_fake(x: Tensor, weight: Tensor, bias: Tensor | None, A: Tensor, *_: Any) -> tuple[Tensor, Tensor]:
     return x.new_empty((*x.shape[:-1], weight.shape[0])), A.new_empty((*x.shape[:-1], A.shape[0]))
 
 
-def _backward_fake(dy: Tensor, h: Tensor, x: Tensor | None, weight: Tensor, *operands: Any) -> tuple[Tensor, ...]:
+def _backward_fake(
+    dy: Tensor, h: Tensor, x: Tensor | None, weight: Tensor, *operands: Any
+) -> tuple[Tensor | None, ...]:
     *rest, needs = operands
     like_x, like_bias = dy.new_empty((*dy.shape[:-1], weight.shape[1])), dy.new_empty(weight.shape[0])
-    return _branch.packed_fake(dy, (like_x, weight, like_bias, *Branch(*rest).tensors), needs)
+    return _branch.asked_like((like_x, weight, like_bias, *Branch(*rest).tensors), needs)
 
 
 def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:
@@ -83,8 +85,7 @@ def _autograd_backward(ctx: Any, dy: Tensor | None, _: Tensor | None = None) -> 
     if dy is None:
         return (None,) * 12
     h, operands, (x, weight) = _branch.saved(ctx)
-    needs = _branch.needs(ctx, 3)
-    return _branch.spread(_backward_operator(dy, h, x, weight, *operands, needs), needs)
+    return _branch.spread(_backward_operator(dy, h, x, weight, *operands, _branch.needs(ctx, 3)))
 
 
 define(f"lora_linear(Tensor x, Tensor weight, Tensor? bias, {SCHEMA}) -> (Tensor, Tensor)", _forward, _forward_fake)

@@ -14,7 +14,7 @@ constexpr int64_t kChunkRows = 256;      // of a tile: BLAS is as fast on it as 
 constexpr int64_t kTileColumns = 2048;   // of a tile, at most
 constexpr int64_t kLeastColumns = 256;   // of a tile, where it is cut so that threads have work
 constexpr int64_t kLeastTiles = 2;       // that a matrix is cut into, if its size allows
-constexpr int64_t kLeastWork = 1 << 18;  // products that are worth a second thread
+constexpr int64_t kLeastWork = 1 << 20;  // products that are worth a second thread
 constexpr int64_t kMostChunks = 16;      // of rows: each has partial sums of its own
 
 template <typename C>
@@ -43,8 +43,8 @@ Tensor readable(const Tensor& tensor) {
 
 // A tensor of `type` from what was computed in C.
 template <typename C>
-Tensor made_of(const C* data, const std::vector<int64_t>& shape, ScalarType type, const Tensor& like) {
-  Tensor out = torch::stable::new_empty(like, shape, reads<C>(type) ? type : kType<C>);
+Tensor made_of(const C* data, const std::vector<int64_t>& shape, ScalarType type) {
+  Tensor out = empty(shape, reads<C>(type) ? type : kType<C>);
   micro<C>().narrow(data, out.numel(), out.mutable_data_ptr(), out.scalar_type());
   return out.scalar_type() == type ? out : torch::stable::to(out, type);
 }
@@ -437,7 +437,7 @@ BranchGradients BranchBackward<C>::finish(size_t member) {
   // Sums into a tensor of the operand's type; straight into it where that is the type of the arithmetic.
   const auto gradient = [&](const std::vector<int64_t>& shape, ScalarType type, const auto& fill) {
     if (type == kType<C>) {
-      Tensor tensor = torch::stable::new_empty(operands.A, shape, type);
+      Tensor tensor = empty(shape, type);
       C* data = static_cast<C*>(tensor.mutable_data_ptr());
       any ? fill(data) : static_cast<void>(std::fill_n(data, tensor.numel(), C{0}));
       return tensor;
@@ -446,7 +446,7 @@ BranchGradients BranchBackward<C>::finish(size_t member) {
     for (const int64_t axis : shape) size *= axis;
     Scratch<C> data(size);
     any ? fill(data.get()) : static_cast<void>(std::fill_n(data.get(), size, C{0}));
-    return made_of(data.get(), shape, type, operands.A);
+    return made_of(data.get(), shape, type);
   };
 
   if (asked.A) {
@@ -469,7 +469,7 @@ BranchGradients BranchBackward<C>::finish(size_t member) {
       const auto times = [&](double factor) {
         Scratch<C> scaled(size);
         for (int64_t n = 0; n < size; ++n) scaled[n] = static_cast<C>(factor * whole[n]);
-        return made_of(scaled.get(), shape, branch.type_, operands.A);
+        return made_of(scaled.get(), shape, branch.type_);
       };
       if (asked.B) out.B = times(branch.lambda_);
       if (asked.merged_B) out.merged_B = times(1 - branch.lambda_);
@@ -480,7 +480,7 @@ BranchGradients BranchBackward<C>::finish(size_t member) {
         double total = 0;
         for (int64_t n = 0; n < size; ++n) total += static_cast<double>(whole[n]) * (b[n] - merged[n]);
         const C value = static_cast<C>(total);
-        out.merge_weight = made_of(&value, {}, operands.merge_weight->scalar_type(), operands.A);
+        out.merge_weight = made_of(&value, {}, operands.merge_weight->scalar_type());
       }
     }
   }

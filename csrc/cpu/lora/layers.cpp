@@ -122,7 +122,7 @@ std::vector<Layer> as(const std::vector<Layer>& layers, ScalarType type) {
 Tensor matrix_like(const Tensor& x, int64_t columns, ScalarType type) {
   std::vector<int64_t> shape = shape_of(x);
   shape.back() = columns;
-  return torch::stable::new_empty(x, shape, type);
+  return empty(shape, type);
 }
 
 }  // namespace

@@ -12,8 +12,8 @@ constexpr int64_t kWidened = 1 << 19;  // elements of W that are widened at once
 float* floats(const Tensor& tensor) { return static_cast<float*>(tensor.mutable_data_ptr()); }
 
 // fp32 copy of a block of a half matrix.
-Tensor widened(const Tensor& like, const Rows& from, int64_t rows, int64_t columns) {
-  const Tensor out = empty(like, {rows, columns}, ScalarType::Float);
+Tensor widened(const Rows& from, int64_t rows, int64_t columns) {
+  const Tensor out = empty({rows, columns}, ScalarType::Float);
   for (int64_t t = 0; t < rows; ++t) {
     micro<float>().widen(from.at(t).data, from.type, columns, floats(out) + t * columns);
   }
@@ -60,10 +60,9 @@ Rows part(const Rows& rows, int64_t row, int64_t column) {
 }
 
 Tensor block(const Tensor& matrix, int64_t row, int64_t rows, int64_t column, int64_t columns) {
-  Tensor out = matrix;
-  if (rows != out.size(0)) out = torch::stable::narrow(out, 0, row, rows);
-  if (columns != out.size(1)) out = torch::stable::narrow(out, 1, column, columns);
-  return out;
+  if (rows == matrix.size(0) && columns == matrix.size(1)) return matrix;
+  const int64_t row_stride = matrix.stride(0), column_stride = matrix.stride(1);
+  return viewed(matrix, row * row_stride + column * column_stride, rows, columns, row_stride, column_stride);
 }
 
 std::vector<Layer> readable(const std::vector<Layer>& layers, ScalarType type) {
@@ -111,10 +110,10 @@ void forward_tile(const Layer& layer, const Branch<C>& branch, const Tensor& x, 
     branch.expand(to, n, column, columns, z);
     return;
   }
-  const Tensor left = widened(x, rows_in(x), n, d_in);
-  const Tensor wide = empty(x, {n, columns}, ScalarType::Float);
+  const Tensor left = widened(rows_in(x), n, d_in);
+  const Tensor wide = empty({n, columns}, ScalarType::Float);
   in_pieces(columns, d_in, [&](int64_t first, int64_t size) {
-    const Tensor weight = widened(x, rows_in(layer.weight).at(column + first), size, d_in);
+    const Tensor weight = widened(rows_in(layer.weight).at(column + first), size, d_in);
     const MaybeTensor bias = slice(layer.bias, column + first, size);
     base_product(block(wide, 0, n, first, size), left, weight,
                  bias ? MaybeTensor(torch::stable::to(*bias, ScalarType::Float)) : std::nullopt);
@@ -156,7 +155,7 @@ void backward_tile(const std::vector<Layer>& layers, BranchBackward<C>& branches
     return;
   }
   const bool widen = must_widen(dx->scalar_type());
-  const Tensor to = widen ? empty(*dx, {n, columns}, ScalarType::Float) : block(*dx, 0, n, column, columns);
+  const Tensor to = widen ? empty({n, columns}, ScalarType::Float) : block(*dx, 0, n, column, columns);
   bool add = false;
   for (size_t member = 0; member < layers.size(); ++member) {
     if (!dys[member]) continue;
@@ -164,8 +163,8 @@ void backward_tile(const std::vector<Layer>& layers, BranchBackward<C>& branches
     const int64_t d_out = weight.size(0);
     if (widen) {
       in_pieces(d_out, columns, [&](int64_t first, int64_t size) {
-        base_gradient(to, widened(*dx, part(rows_in(*dys[member]), 0, first), n, size),
-                      widened(*dx, part(rows_in(weight), first, column), size, columns), add);
+        base_gradient(to, widened(part(rows_in(*dys[member]), 0, first), n, size),
+                      widened(part(rows_in(weight), first, column), size, columns), add);
         add = true;
       });
     } else {

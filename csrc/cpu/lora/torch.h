@@ -6,6 +6,7 @@
 #include <torch/csrc/stable/tensor.h>
 #include <torch/headeronly/util/Exception.h>
 
+#include <algorithm>
 #include <cstdint>
 #include <cstdlib>
 #include <initializer_list>
@@ -30,10 +31,39 @@ inline void addmm_out(const Tensor& out, const Tensor& addend, const Tensor& lef
   STABLE_TORCH_ERROR_CODE_CHECK(aoti_torch_cpu_addmm_out(out.get(), addend.get(), left.get(), right.get(), 1.0, 1.0));
 }
 
-inline Tensor transposed(const Tensor& matrix) { return torch::stable::transpose(matrix, 0, 1); }
+// Tensors are made and viewed without torch's dispatcher, whose boxes cost a small layer as much as its products.
 
-inline Tensor empty(const Tensor& like, std::initializer_list<int64_t> shape, ScalarType type) {
-  return torch::stable::new_empty(like, shape, type);
+// The matrix of these sizes and strides that begins `offset` elements after `tensor` does.
+inline Tensor viewed(const Tensor& tensor, int64_t offset, int64_t rows, int64_t columns, int64_t row_stride,
+                     int64_t column_stride) {
+  const int64_t sizes[2] = {rows, columns}, strides[2] = {row_stride, column_stride};
+  AtenTensorHandle out = nullptr;
+  STABLE_TORCH_ERROR_CODE_CHECK(aoti_torch__reinterpret_tensor(tensor.get(), 2, sizes, strides, offset, &out));
+  return Tensor(out);
+}
+
+inline Tensor transposed(const Tensor& matrix) {
+  return viewed(matrix, 0, matrix.size(1), matrix.size(0), matrix.stride(1), matrix.stride(0));
+}
+
+inline Tensor empty(const int64_t* sizes, int64_t axes, ScalarType type) {
+  std::vector<int64_t> strides(axes, 1);
+  for (int64_t axis = axes - 1; axis > 0; --axis) {
+    strides[axis - 1] = strides[axis] * std::max<int64_t>(sizes[axis], 1);
+  }
+  const int32_t code = torch::stable::detail::to<int32_t>(torch::stable::detail::from(type));
+  AtenTensorHandle out = nullptr;
+  STABLE_TORCH_ERROR_CODE_CHECK(
+      aoti_torch_empty_strided(axes, sizes, strides.data(), code, aoti_torch_device_type_cpu(), 0, &out));
+  return Tensor(out);
+}
+
+inline Tensor empty(const std::vector<int64_t>& shape, ScalarType type) {
+  return empty(shape.data(), static_cast<int64_t>(shape.size()), type);
+}
+
+inline Tensor empty(std::initializer_list<int64_t> shape, ScalarType type) {
+  return empty(shape.begin(), static_cast<int64_t>(shape.size()), type);
 }
 
 inline std::vector<int64_t> shape_of(const Tensor& tensor) {

@@ -8,7 +8,7 @@ import typer
 from rich.markup import escape
 
 from mbf import __version__
-from mbf.cli import adapters, install, runs
+from mbf.cli import adapters, bench, install, runs
 from mbf.cli.errors import Commands
 
 
@@ -69,3 +69,10 @@ app.command(
 app.command("methods", epilog=_examples("mbf methods", "mbf methods --json | jq '.slao.options'"))(adapters.methods)
 app.command("fetch", epilog=_examples("mbf fetch", "mbf fetch real-14 smollm2-135m-instruct"))(install.fetch)
 app.command("doctor", epilog=_examples("mbf doctor", "mbf doctor --json > doctor.json"))(install.doctor)
+app.command(
+    "bench",
+    epilog=_examples(
+        "mbf bench",
+        "mbf bench --shape 2048x2048 --shape 2048x8192 --rank 32 --p 0 --dtype bf16 --threads 1",
+    ),
+)(bench.bench)

@@ -24,7 +24,7 @@ def mbf(*arguments: str) -> Any:
 
 
 def lines_of(result: Any, shape: str) -> list[str]:
-    return [line for line in result.stdout.splitlines() if line.startswith(shape)]
+    return [line for line in result.stdout.splitlines() if line.lstrip().startswith(shape)]
 
 
 @pytest.mark.parametrize("dtype", ["fp32", "bf16", "fp16"])

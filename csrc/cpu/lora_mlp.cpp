@@ -131,7 +131,7 @@ struct Mlp {
     return grid(d_ff, d_in).row_chunks >= static_cast<int64_t>(torch::stable::get_num_threads());
   }
   Grid grid(int64_t columns, int64_t depth) const { return Grid(rows, columns, depth); }
-  Workspaces workspaces(const Tensor& x, int64_t count) const {
+  Workspaces workspaces(int64_t count) const {
     const Grid chunks = grid(d_ff, d_in);
     return Workspaces(count, (rows + chunks.row_chunks - 1) / chunks.row_chunks, d_ff, type);
   }
@@ -156,7 +156,7 @@ Tensors forward_chunks(const Tensor& x, const Mlp& mlp, bool recompute) {
   const Tensors hs{rows_of(out[3]), rows_of(out[4])}, outer_hs{rows_of(out[5])};
   const std::vector<Grid> grids(2, mlp.grid(mlp.d_ff, mlp.d_in)), outer_grids{mlp.grid(mlp.d_out, mlp.d_ff)};
   const Grid& grid = grids[0];
-  Workspaces workspaces = mlp.workspaces(x, recompute ? 2 : 1);
+  Workspaces workspaces = mlp.workspaces(recompute ? 2 : 1);
   parallel_for(0, grid.row_chunks, 1, [&](int64_t begin, int64_t end) {
     const NoGrad no_grad;
     const Tensors own = workspaces.take();
@@ -205,7 +205,7 @@ MlpGradients backward_chunks(const Tensor& dy, const Tensor& x, const MaybeTenso
   const Tensor dy_rows = rows_of(dy), x_rows = rows_of(x);
   const std::vector<Grid> grids(2, mlp.grid(mlp.d_ff, mlp.d_in));
   const Grid &grid = inner_back.grid(), &outer_grid = outer_back.grid();
-  Workspaces workspaces = mlp.workspaces(x, again ? 4 : 2);
+  Workspaces workspaces = mlp.workspaces(again ? 4 : 2);
   parallel_for(0, grid.row_chunks, 1, [&](int64_t begin, int64_t end) {
     const NoGrad no_grad;
     const Tensors own = workspaces.take();

@@ -33,7 +33,7 @@ class GroupLayer(NamedTuple):
         weight: W, ``[d_out, d_in]``; must not require a gradient.
         terms: A, B, scale, gate, mix, merged_B, merge_weight.
         bias: b, ``[d_out]``, or None; must not require a gradient.
-        dropout_p: probability in [0, 1) that an element of x is dropped before A.
+        dropout_p: probability in [0, 1 − 2⁻¹⁷) that an element of x is dropped before A.
         seed: of the mask, an int or a 0-d int64 tensor on x's device. Default: ``draw_seed``.
     """
 

@@ -2,6 +2,7 @@
 
 #include <algorithm>
 
+#include "amx.h"
 #include "serial_blas.h"
 
 namespace mbf::cpu {
@@ -39,6 +40,31 @@ MaybeTensor slice(const MaybeTensor& bias, int64_t first, int64_t size) {
   if (!bias || bias->size(0) == size) return bias;
   Tensor whole = *bias;
   return torch::stable::narrow(whole, 0, first, size);
+}
+
+// out (+)= left right on the processor's tiles; false where they are of no use.
+bool on_tiles(const Tensor& out, const Tensor& left, const Tensor& right, const MaybeTensor& bias, bool add) {
+  if (out.scalar_type() != ScalarType::Float || !amx::worthwhile(out.size(0), out.size(1), left.size(1))) return false;
+  if (left.stride(1) != 1 || (right.stride(0) != 1 && right.stride(1) != 1)) return false;
+  const int64_t rows = out.size(0), columns = out.size(1), ld = out.stride(0);
+  if (bias) {
+    const int64_t step = bias->stride(0);
+    for (int64_t t = 0; t < rows; ++t) {
+      for (int64_t n = 0; n < columns; ++n) floats(out)[t * ld + n] = floats(*bias)[n * step];
+    }
+  }
+  amx::multiply(floats(out), ld, rows, columns, left.size(1), {floats(left), left.stride(0), 1},
+                {floats(right), right.stride(0), right.stride(1)}, add || bias);
+  return true;
+}
+
+// As base_product and base_gradient, for a tile that the calling thread makes alone.
+void tile_product(const Tensor& y, const Tensor& x, const Tensor& weight, const MaybeTensor& bias) {
+  if (!on_tiles(y, x, transposed(weight), bias, false)) base_product(y, x, weight, bias);
+}
+
+void tile_gradient(const Tensor& dx, const Tensor& dy, const Tensor& weight, bool add) {
+  if (!on_tiles(dx, dy, weight, std::nullopt, add)) base_gradient(dx, dy, weight, add);
 }
 
 }  // namespace
@@ -104,7 +130,7 @@ void forward_tile(const Layer& layer, const Branch<C>& branch, const Tensor& x, 
   const Rows to = part(rows_in(y), 0, column);
   if (!base || !must_widen(x.scalar_type())) {
     if (base) {
-      base_product(block(y, 0, n, column, columns), x, block(layer.weight, column, columns, 0, d_in),
+      tile_product(block(y, 0, n, column, columns), x, block(layer.weight, column, columns, 0, d_in),
                    slice(layer.bias, column, columns));
     }
     branch.expand(to, n, column, columns, z);
@@ -168,7 +194,7 @@ void backward_tile(const std::vector<Layer>& layers, BranchBackward<C>& branches
         add = true;
       });
     } else {
-      base_gradient(to, *dys[member], block(weight, 0, d_out, column, columns), add);
+      tile_gradient(to, *dys[member], block(weight, 0, d_out, column, columns), add);
       add = true;
     }
   }

@@ -14,7 +14,7 @@ constexpr int64_t kChunkRows = 256;      // of a tile: BLAS is as fast on it as 
 constexpr int64_t kTileColumns = 2048;   // of a tile, at most
 constexpr int64_t kLeastColumns = 256;   // of a tile, where it is cut so that threads have work
 constexpr int64_t kLeastTiles = 2;       // that a matrix is cut into, if its size allows
-constexpr int64_t kLeastWork = 1 << 20;  // products that are worth a second thread
+constexpr int64_t kLeastWork = 1 << 18;  // products that are worth a second thread
 constexpr int64_t kMostChunks = 16;      // of rows: each has partial sums of its own
 
 template <typename C>

@@ -32,6 +32,7 @@ def facts() -> dict[str, Any]:
         "simd": torch.backends.cpu.get_cpu_capability(),
         "bf16": "native" if torch.ops.mkldnn._is_mkldnn_bf16_supported() else "emulated",
         "extension": native_status().reason,
+        "kernels": native_status().kernels,
     }
 
 

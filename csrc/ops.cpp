@@ -4,6 +4,10 @@
 
 #include "cpu/kernels.h"
 
+STABLE_TORCH_LIBRARY_IMPL(mbf, CompositeExplicitAutograd, m) {
+  m.impl("cpu_kernels", TORCH_BOX(&mbf::cpu::cpu_kernels));
+}
+
 STABLE_TORCH_LIBRARY_IMPL(mbf, CPU, m) {
   m.impl("dropout_mask", TORCH_BOX(&mbf::cpu::dropout_mask));
   m.impl("lora_accumulate", TORCH_BOX(&mbf::cpu::lora_accumulate));

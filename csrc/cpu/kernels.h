@@ -16,6 +16,9 @@ using MaybeTensor = std::optional<Tensor>;
 using Tensors = std::vector<Tensor>;
 using MaybeTensors = std::vector<MaybeTensor>;
 
+// What the processor lets the kernels use: "AVX-512, native bf16, fp32 on AMX".
+std::string cpu_kernels();
+
 Tensor dropout_mask(Tensor seed, std::vector<int64_t> shape, double p);
 
 void merge_(Tensors merged, Tensors finetuned, Tensor weight);

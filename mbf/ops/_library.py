@@ -16,6 +16,7 @@ from typing import Any, Literal, NamedTuple
 import torch
 
 LIBRARY = torch.library.Library("mbf", "DEF")
+LIBRARY.define("cpu_kernels() -> str")
 
 Backend = Literal["auto", "reference"]
 _BACKENDS: tuple[Backend, ...] = ("auto", "reference")
@@ -23,11 +24,16 @@ _backend: Backend = "auto"
 
 
 class NativeStatus(NamedTuple):
-    """Whether the compiled extension serves the operators, and why not."""
+    """Whether the compiled extension serves the operators, and why not.
+
+    ``kernels`` says what of this processor they use, such as ``"AVX-512, native bf16, fp32 on AMX"``.
+    ``ATEN_CPU_CAPABILITY`` and ``ONEDNN_MAX_CPU_ISA``, set before the first operator runs, hold them to less.
+    """
 
     loaded: bool
     path: Path | None
     reason: str
+    kernels: str = ""
 
 
 def _load_native() -> NativeStatus:
@@ -40,7 +46,7 @@ def _load_native() -> NativeStatus:
         torch.ops.load_library(str(candidates[0]))
     except OSError as error:
         return NativeStatus(False, candidates[0], f"does not load with torch {torch.__version__}: {error}")
-    return NativeStatus(True, candidates[0], "loaded")
+    return NativeStatus(True, candidates[0], "loaded", torch.ops.mbf.cpu_kernels())
 
 
 _native = _load_native()

@@ -37,7 +37,12 @@ def diagnose() -> dict[str, dict[str, Any]]:
 
 def _extension() -> dict[str, Any]:
     status = native_status()
-    return {"loaded": status.loaded, "path": str(status.path) if status.path else None, "reason": status.reason}
+    return {
+        "loaded": status.loaded,
+        "path": str(status.path) if status.path else None,
+        "reason": status.reason,
+        "CPU kernels": status.kernels or None,
+    }
 
 
 def _cpu() -> dict[str, Any]:

@@ -18,6 +18,7 @@ def test_json(mbf, tmp_path, monkeypatch) -> None:
     found = json.loads(result.stdout)
     assert found["versions"]["torch"] == torch.__version__
     assert found["compiled extension"]["loaded"] == native_status().loaded
+    assert found["compiled extension"]["CPU kernels"] == (native_status().kernels or None)
     assert found["cpu"]["torch dispatches to"] == torch.backends.cpu.get_cpu_capability()
     assert found["cache"] == {"folder": str(tmp_path), "entries": {"models/small": 1234}}
 

@@ -36,7 +36,7 @@ bool usable() {
   return found;
 }
 
-bool worthwhile(int64_t m, int64_t n, int64_t k) { return usable() && m >= 48 && n >= 32 && k >= 64; }
+bool worthwhile(int64_t m, int64_t n, int64_t k) { return usable() && m >= 64 && n >= 32 && k >= 64; }
 
 #pragma GCC push_options
 #pragma GCC target("avx512f,avx512bw,avx512dq,avx512vl,avx2,fma,prefer-vector-width=512")

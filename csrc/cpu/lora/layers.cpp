@@ -12,10 +12,15 @@ using torch::stable::parallel_for;
 constexpr int64_t kThreadsPerTile = 4;  // beyond it tiles would leave threads idle that BLAS itself can use
 constexpr int64_t kProjectGrain = 24;   // rows below which a second thread costs more than it saves
 
-// Whether torch makes the base product of all rows in one call. With threads for that, the bits depend on their number
-// as those of torch's own linear layer do.
-bool whole_base(ScalarType type, int64_t tiles) {
-  return !must_widen(type) && (in_one_call(type) || torch::stable::get_num_threads() > kThreadsPerTile * tiles);
+// Whether the base product of all rows is made in one call, by all threads. Of BLAS the bits then depend on how many
+// there are, as those of torch's own linear layer do; what cuts freely is never left to fewer threads than there are.
+bool whole_base(ScalarType type, int64_t rows, const std::vector<Layer>& layers, int64_t tiles) {
+  if (must_widen(type)) return false;
+  if (in_one_call(type)) return true;
+  const bool free = std::all_of(layers.begin(), layers.end(), [&](const Layer& layer) {
+    return cuts_freely(type, rows, layer.weight.size(0), layer.weight.size(1));
+  });
+  return torch::stable::get_num_threads() > (free ? 1 : kThreadsPerTile) * tiles;
 }
 
 // x [rows, d_in] and the outputs as matrices.
@@ -36,9 +41,9 @@ void forward_rows(const Tensor& x, const std::vector<Layer>& layers, const std::
     for (int64_t chunk = 0; chunk < grids[n].column_chunks; ++chunk) across.push_back({n, chunk});
   }
   const int64_t width = static_cast<int64_t>(across.size()), tiles = grids[0].row_chunks * width;
-  const bool whole = whole_base(x.scalar_type(), tiles);
+  const bool whole = whole_base(x.scalar_type(), rows, layers, tiles);
   for (size_t n = 0; n < layers.size() && whole; ++n) {
-    base_product(out.ys[n], x, layers[n].weight, layers[n].bias);
+    base_product(out.ys[n], x, layers[n].weight, layers[n].bias, By::kAll);
   }
   parallel_for(0, rows, kProjectGrain, [&](int64_t begin, int64_t end) {
     std::vector<C*> z_data;
@@ -62,7 +67,7 @@ template <typename C>
 void backward_rows(const std::vector<MaybeTensor>& dys, const std::vector<Tensor>& hs, const MaybeTensor& x,
                    const std::vector<Layer>& layers, const MaybeTensor& dx, BranchBackward<C>& branches) {
   const Grid& grid = branches.grid();
-  const bool whole = dx && whole_base(dx->scalar_type(), grid.tiles());
+  const bool whole = dx && whole_base(dx->scalar_type(), grid.rows, layers, grid.tiles());
   parallel_for(0, grid.row_chunks, 1, [&](int64_t begin, int64_t end) {
     for (int64_t chunk = begin; chunk < end; ++chunk) {
       std::vector<Rows> here;
@@ -74,7 +79,7 @@ void backward_rows(const std::vector<MaybeTensor>& dys, const std::vector<Tensor
     bool add = false;
     for (size_t n = 0; n < layers.size(); ++n) {
       if (!dys[n]) continue;
-      base_gradient(*dx, *dys[n], layers[n].weight, add);
+      base_gradient(*dx, *dys[n], layers[n].weight, add, By::kAll);
       add = true;
     }
     if (!add) clear(*dx);

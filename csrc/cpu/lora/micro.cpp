@@ -64,6 +64,11 @@ const Micro<C>& micro() {
 template const Micro<float>& micro<float>();
 template const Micro<double>& micro<double>();
 
+const char* instruction_set() {
+  if (level() == Level::kAvx512) return "AVX-512";
+  return level() == Level::kAvx2 ? "AVX2" : "baseline";
+}
+
 bool multiplies_natively(torch::headeronly::ScalarType type) {
 #if defined(__x86_64__) && defined(__GNUC__)
   using torch::headeronly::ScalarType;

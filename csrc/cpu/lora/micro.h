@@ -71,6 +71,9 @@ const Micro<C>& micro();
 template <typename C>
 const Micro<C>& micro();
 
+// That table's instruction set, as it is called.
+const char* instruction_set();
+
 // Whether the processor multiplies matrices of this half type itself (AVX512-BF16 or AMX; AVX512-FP16 or AMX).
 bool multiplies_natively(torch::headeronly::ScalarType type);
 

@@ -42,29 +42,46 @@ MaybeTensor slice(const MaybeTensor& bias, int64_t first, int64_t size) {
   return torch::stable::narrow(whole, 0, first, size);
 }
 
-// out (+)= left right on the processor's tiles; false where they are of no use.
-bool on_tiles(const Tensor& out, const Tensor& left, const Tensor& right, const MaybeTensor& bias, bool add) {
-  if (out.scalar_type() != ScalarType::Float || !amx::worthwhile(out.size(0), out.size(1), left.size(1))) return false;
-  if (left.stride(1) != 1 || (right.stride(0) != 1 && right.stride(1) != 1)) return false;
-  const int64_t rows = out.size(0), columns = out.size(1), ld = out.stride(0);
-  if (bias) {
-    const int64_t step = bias->stride(0);
-    for (int64_t t = 0; t < rows; ++t) {
-      for (int64_t n = 0; n < columns; ++n) floats(out)[t * ld + n] = floats(*bias)[n * step];
-    }
+// Pieces of a product that the threads share: enough of them that none waits long for the last.
+struct Pieces {
+  Pieces(int64_t rows, int64_t columns) : down((rows + 255) / 256) {
+    const int64_t wanted = 3 * static_cast<int64_t>(torch::stable::get_num_threads());
+    across = std::clamp<int64_t>((wanted + down - 1) / down, 1, std::max<int64_t>(1, columns / 128));
   }
-  amx::multiply(floats(out), ld, rows, columns, left.size(1), {floats(left), left.stride(0), 1},
-                {floats(right), right.stride(0), right.stride(1)}, add || bias);
+  int64_t down, across;
+};
+
+// out (+)= left right on the processor's tiles of bf16; false where they are of no use.
+bool on_amx(const Tensor& out, const Tensor& left, const Tensor& right, const MaybeTensor& bias, bool add, By threads) {
+  const int64_t m = out.size(0), n = out.size(1), k = left.size(1), ld = out.stride(0);
+  if (out.scalar_type() != ScalarType::Float || !amx::worthwhile(m, n, k)) return false;
+  if (left.stride(1) != 1 || (right.stride(0) != 1 && right.stride(1) != 1)) return false;
+  const amx::Strided rows{floats(left), left.stride(0), 1}, columns{floats(right), right.stride(0), right.stride(1)};
+  const auto piece = [&](int64_t t, int64_t t_end, int64_t i, int64_t i_end) {
+    float* to = floats(out) + t * ld + i;
+    if (bias) {
+      const float* from = floats(*bias);
+      const int64_t step = bias->stride(0);
+      for (int64_t row = 0; row < t_end - t; ++row) {
+        for (int64_t column = i; column < i_end; ++column) to[row * ld + column - i] = from[column * step];
+      }
+    }
+    amx::multiply(to, ld, t_end - t, i_end - i, k, {rows.data + t * rows.row, rows.row, 1},
+                  {columns.data + i * columns.column, columns.row, columns.column}, add || bias);
+  };
+  if (threads == By::kThis) {
+    piece(0, m, 0, n);
+    return true;
+  }
+  const Pieces pieces(m, n);
+  torch::stable::parallel_for(0, pieces.down * pieces.across, 1, [&](int64_t begin, int64_t end) {
+    for (int64_t p = begin; p < end; ++p) {
+      const int64_t down = p / pieces.across, across = p % pieces.across;
+      piece(m * down / pieces.down, m * (down + 1) / pieces.down, n * across / pieces.across / 32 * 32,
+            across + 1 == pieces.across ? n : n * (across + 1) / pieces.across / 32 * 32);
+    }
+  });
   return true;
-}
-
-// As base_product and base_gradient, for a tile that the calling thread makes alone.
-void tile_product(const Tensor& y, const Tensor& x, const Tensor& weight, const MaybeTensor& bias) {
-  if (!on_tiles(y, x, transposed(weight), bias, false)) base_product(y, x, weight, bias);
-}
-
-void tile_gradient(const Tensor& dx, const Tensor& dy, const Tensor& weight, bool add) {
-  if (!on_tiles(dx, dy, weight, std::nullopt, add)) base_gradient(dx, dy, weight, add);
 }
 
 }  // namespace
@@ -74,6 +91,10 @@ bool must_widen(ScalarType type) {
 }
 
 bool in_one_call(ScalarType type) { return type == ScalarType::BFloat16 || type == ScalarType::Half; }
+
+bool cuts_freely(ScalarType type, int64_t m, int64_t n, int64_t k) {
+  return type == ScalarType::Float && amx::worthwhile(m, n, k) && amx::worthwhile(m, k, n);
+}
 
 Rows rows_in(const Tensor& matrix) { return {matrix.mutable_data_ptr(), matrix.scalar_type(), matrix.stride(0)}; }
 
@@ -99,7 +120,8 @@ std::vector<Layer> readable(const std::vector<Layer>& layers, ScalarType type) {
   return out;
 }
 
-void base_product(const Tensor& y, const Tensor& x, const Tensor& weight, const MaybeTensor& bias) {
+void base_product(const Tensor& y, const Tensor& x, const Tensor& weight, const MaybeTensor& bias, By threads) {
+  if (on_amx(y, x, transposed(weight), bias, false, threads)) return;
   if (bias) {
     addmm_out(y, *bias, x, transposed(weight));
   } else {
@@ -107,8 +129,8 @@ void base_product(const Tensor& y, const Tensor& x, const Tensor& weight, const 
   }
 }
 
-// dx (+)= dy W
-void base_gradient(const Tensor& dx, const Tensor& dy, const Tensor& weight, bool add) {
+void base_gradient(const Tensor& dx, const Tensor& dy, const Tensor& weight, bool add, By threads) {
+  if (on_amx(dx, dy, weight, std::nullopt, add, threads)) return;
   if (add) {
     addmm_out(dx, dx, dy, weight);
   } else {
@@ -130,8 +152,8 @@ void forward_tile(const Layer& layer, const Branch<C>& branch, const Tensor& x, 
   const Rows to = part(rows_in(y), 0, column);
   if (!base || !must_widen(x.scalar_type())) {
     if (base) {
-      tile_product(block(y, 0, n, column, columns), x, block(layer.weight, column, columns, 0, d_in),
-                   slice(layer.bias, column, columns));
+      base_product(block(y, 0, n, column, columns), x, block(layer.weight, column, columns, 0, d_in),
+                   slice(layer.bias, column, columns), By::kThis);
     }
     branch.expand(to, n, column, columns, z);
     return;
@@ -142,7 +164,7 @@ void forward_tile(const Layer& layer, const Branch<C>& branch, const Tensor& x, 
     const Tensor weight = widened(rows_in(layer.weight).at(column + first), size, d_in);
     const MaybeTensor bias = slice(layer.bias, column + first, size);
     base_product(block(wide, 0, n, first, size), left, weight,
-                 bias ? MaybeTensor(torch::stable::to(*bias, ScalarType::Float)) : std::nullopt);
+                 bias ? MaybeTensor(torch::stable::to(*bias, ScalarType::Float)) : std::nullopt, By::kThis);
   });
   branch.expand(rows_in(wide), n, column, columns, z);
   narrow(wide, to);
@@ -190,11 +212,11 @@ void backward_tile(const std::vector<Layer>& layers, BranchBackward<C>& branches
     if (widen) {
       in_pieces(d_out, columns, [&](int64_t first, int64_t size) {
         base_gradient(to, widened(part(rows_in(*dys[member]), 0, first), n, size),
-                      widened(part(rows_in(weight), first, column), size, columns), add);
+                      widened(part(rows_in(weight), first, column), size, columns), add, By::kThis);
         add = true;
       });
     } else {
-      tile_gradient(to, *dys[member], block(weight, 0, d_out, column, columns), add);
+      base_gradient(to, *dys[member], block(weight, 0, d_out, column, columns), add, By::kThis);
       add = true;
     }
   }

@@ -1,0 +1,157 @@
+"""Base products of fp32 on the bf16 tiles of a processor with AMX (csrc/cpu/lora/amx.h)."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from torch import Tensor
+
+from mbf.ops import lora_linear, lora_linear_ref, native_status
+from tests.ops.lora_cases import SEED, check_error_rule, gradients, operands, tracked
+
+KERNELS = native_status().kernels
+pytestmark = pytest.mark.skipif(
+    "AMX" not in KERNELS, reason=f"no AMX here; the kernels are {KERNELS or native_status().reason}"
+)
+
+
+def base_product(x: Tensor, weight: Tensor) -> tuple[Tensor, Tensor]:
+    """y and, with dy = x, dx of a square layer whose branch is exactly zero."""
+    x = x.clone().requires_grad_()
+    A = torch.randn(2, x.shape[1]) * 2**-20
+    y = lora_linear(x, weight, A, torch.zeros(weight.shape[0], 2))
+    (dx,) = torch.autograd.grad(y, x, x.detach())
+    return y.detach(), dx
+
+
+def permutation(size: int) -> tuple[Tensor, Tensor]:
+    """Where each column comes from, and the matrix; its entries are powers of two."""
+    order = torch.randperm(size)
+    weight = torch.zeros(size, size)
+    weight[torch.arange(size), order] = 0.25
+    return order, weight
+
+
+@pytest.mark.parametrize("rows", [64, 95, 257, 700])
+@pytest.mark.parametrize("size", [64, 77, 577, 1200])
+def test_every_bit_of_fp32_gets_through(rows: int, size: int) -> None:
+    """24 random significant bits an element and exponents far apart, moved by a permutation: the result is exact."""
+    mantissa = torch.randint(2**23, 2**24, (rows, size)).float()
+    x = mantissa * torch.randn(rows, size).sign() * 2.0 ** torch.randint(-60, 60, (rows, size))
+    order, weight = permutation(size)
+    y, dx = base_product(x, weight)
+    assert torch.equal(y, 0.25 * x[:, order])
+    assert torch.equal(dx, 0.25 * x[:, order.argsort()])
+
+
+@pytest.mark.parametrize(("rows", "size"), [(64, 64), (131, 100), (300, 700)])
+def test_sums_of_integers_are_exact(rows: int, size: int) -> None:
+    x = torch.randint(-(2**9), 2**9, (rows, size)).float()
+    weight = torch.randint(-4, 5, (size, size)).float()
+    y, dx = base_product(x, weight)
+    assert torch.equal(y.double(), x.double() @ weight.double().t())
+    assert torch.equal(dx.double(), x.double() @ weight.double())
+
+
+@pytest.mark.parametrize("bias", [True, False])
+@pytest.mark.parametrize("layout", ["rows", "columns", "padded", "every other column"])
+@pytest.mark.parametrize(("rows", "d_in", "d_out"), [(64, 64, 64), (431, 500, 63), (257, 100, 1200), (70, 1300, 65)])
+def test_error_rule(rows: int, d_in: int, d_out: int, layout: str, bias: bool) -> None:
+    case = operands("plain", (rows,), d_in, d_out, 5, torch.float32)
+    weight = case["weight"]
+    if layout == "columns":
+        weight = weight.t().contiguous().t()
+    elif layout == "padded":
+        weight = torch.cat([weight, torch.full((d_out, 9), torch.nan)], 1)[:, :d_in]
+    elif layout == "every other column":
+        weight = torch.stack([weight, torch.full_like(weight, torch.nan)], 2)[:, :, 0]
+    case["weight"] = weight
+    if not bias:
+        case["bias"] = None
+    check_error_rule(lora_linear, lora_linear_ref, case, scale=1.3, dropout_p=0.1, seed=SEED)
+
+
+def test_as_accurate_as_blas() -> None:
+    """Not only by the rule, whose 1e-6 would let two parts of three pass."""
+    x, weight = torch.randn(300, 2000), torch.randn(2000, 2000)
+    y, _ = base_product(x, weight)
+    exact = x.double() @ weight.double().t()
+    error, blas = ((value.double() - exact).norm() / exact.norm() for value in (y, x @ weight.t()))
+    assert error < 1.5 * blas < 1e-6
+
+
+def test_what_is_not_finite_stays_so_in_its_own_row() -> None:
+    torch.manual_seed(0)
+    x, weight = torch.randn(128, 96), torch.rand(96, 96) + 0.5
+    x[3, 7], x[40, 9], x[90, 0] = torch.nan, torch.inf, -torch.inf
+    x[91, 1] = torch.tensor(0x7F800001, dtype=torch.int32).view(torch.float32)  # a NaN with its low bits only
+    y, dx = base_product(x, weight)
+    bad = torch.zeros(128, dtype=torch.bool)
+    bad[[3, 40, 90, 91]] = True
+    for found in (y, dx):
+        assert torch.equal(~found.isfinite().all(1), bad)
+        assert found[bad].isfinite().sum() == 0
+
+
+def test_large_and_small_numbers() -> None:
+    order, weight = permutation(64)
+    x = torch.tensor([3e38, 1e30, 1.0, 1e-30, 3e-38, 0.0])[torch.randint(6, (64, 64))]
+    y, _ = base_product(x, weight)
+    torch.testing.assert_close(y, 0.25 * x[:, order], rtol=2**-16, atol=2**-126)
+    normal = x.abs() > 1e-31
+    assert torch.equal(y[normal[:, order]], (0.25 * x)[:, order][normal[:, order]])
+
+
+def test_this_is_not_blas() -> None:
+    """BLAS knows numbers below 2⁻¹²⁶, tiles do not."""
+    y, _ = base_product(torch.full((64, 64), 2.0**-130), torch.eye(64))
+    assert not y.any()
+    y, _ = base_product(torch.full((63, 64), 2.0**-130), torch.eye(64))  # too few rows to be worth the packing
+    assert (y == 2.0**-130).all()
+
+
+@pytest.mark.parametrize(("rows", "d_in", "d_out"), [(512, 576, 576), (200, 2100, 520), (1024, 192, 70)])
+def test_same_bits_however_many_threads_cut_the_product(rows: int, d_in: int, d_out: int) -> None:
+    case = operands("plain", (rows,), d_in, d_out, 8, torch.float32)
+    case |= {name: case[name].requires_grad_() for name in ("x", "A", "B")}
+    dy = torch.randn(rows, d_out)
+    before = torch.get_num_threads()
+    try:
+        found = []
+        for threads in (1, 2, 3, 7, 32):
+            torch.set_num_threads(threads)
+            found.append(gradients(lora_linear, case, dy, dropout_p=0.2, seed=SEED))
+    finally:
+        torch.set_num_threads(before)
+    for other in found[1:]:
+        assert [name for name in other if not torch.equal(found[0][name], other[name])] == []
+
+
+HELD_BACK = """
+import torch
+from mbf.ops import lora_linear, native_status
+assert "AMX" not in native_status().kernels, native_status().kernels
+y = lora_linear(torch.full((64, 64), 2.0**-130), torch.eye(64), torch.ones(2, 64), torch.zeros(64, 2))
+assert (y == 2.0**-130).all()
+"""
+
+
+@pytest.mark.parametrize(
+    ("variable", "value"), [("ONEDNN_MAX_CPU_ISA", "AVX512_CORE"), ("ATEN_CPU_CAPABILITY", "avx2")]
+)
+def test_held_back_by_the_environment(variable: str, value: str) -> None:
+    environment = os.environ | {variable: value}
+    root = Path(__file__).resolve().parents[2]
+    subprocess.run([sys.executable, "-c", HELD_BACK], env=environment, cwd=root, check=True, timeout=300)
+
+
+def test_backward_of_an_x_that_needs_no_gradient() -> None:
+    case = tracked(operands("plain", (130,), 80, 90, 3, torch.float32))
+    case["x"] = case["x"].detach()
+    found = gradients(lora_linear, case, None)
+    assert "x" not in found and all(value.isfinite().all() for value in found.values())

@@ -1,9 +1,8 @@
-"""What the benchmarks share: the facts under a figure, the interleaved loop, the accuracy rule and the CSV."""
+"""What the benchmarks share: the facts under a figure, the loop over cases, tables and CSV."""
 
 from __future__ import annotations
 
 import csv
-import gc
 import platform
 import statistics
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
@@ -12,34 +11,25 @@ from pathlib import Path
 from typing import Any, TypeAlias, TypeVar
 
 import torch
-from torch import Tensor
 
-from mbf.ops import native_status
-from mbf.run.versions import versions
+from mbf.run.doctor import diagnose
 
-DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
-LEAST_ROUNDS = 3
 Case = TypeVar("Case")
 AddRow: TypeAlias = Callable[[Sequence[Any]], None]
 
 
 def facts() -> dict[str, Any]:
     """What a figure was measured with; every benchmark here computes on the CPU."""
+    found = diagnose()
+    cpu = found["cpu"]
     return {
-        **versions(),
+        **found["versions"],
         "device": f"CPU {platform.machine()}",
-        "cpu": _cpu_name(),
-        "simd": torch.backends.cpu.get_cpu_capability(),
+        "cpu": cpu["model"] or platform.processor() or "unknown",
+        "simd": cpu["torch dispatches to"],
         "bf16": "native" if torch.ops.mkldnn._is_mkldnn_bf16_supported() else "emulated",
-        "extension": native_status().reason,
+        "extension": found["compiled extension"]["reason"],
     }
-
-
-def _cpu_name() -> str:
-    info = Path("/proc/cpuinfo")
-    lines = info.read_text(encoding="utf-8").splitlines() if info.exists() else []
-    names = [line.split(":", 1)[1].strip() for line in lines if line.startswith("model name")]
-    return names[0] if names else platform.processor() or "unknown"
 
 
 def run_rows(
@@ -93,59 +83,10 @@ def read_csv(source: str | Path) -> tuple[dict[str, str], list[dict[str, str]]]:
     return {name: value for name, value in notes}, list(csv.DictReader(x for x in lines if not x.startswith("# ")))
 
 
-def interleave(
-    variants: Mapping[str, Callable[[], tuple[float, ...]]], rounds: int, refresh: Callable[[], Any]
-) -> dict[str, list[tuple[float, ...]]]:
-    """Run every variant once a round, in an order that is rotated from round to round, after ``refresh``."""
-    names = list(variants)
-    found: dict[str, list[tuple[float, ...]]] = {name: [] for name in names}
-    gc.collect()
-    gc.freeze()
-    try:
-        for n in range(rounds):
-            refresh()
-            for k in range(len(names)):
-                name = names[(n + k) % len(names)]
-                found[name].append(variants[name]())
-    finally:
-        gc.unfreeze()
-    return found
-
-
-def rounds_within(budget: float, one_round: float, wanted: int) -> int:
-    """As many rounds as ``budget`` seconds allow, at most ``wanted`` and never fewer than three."""
-    return max(LEAST_ROUNDS, min(wanted, int(budget / one_round)))
-
-
 def quartiles(values: Sequence[float]) -> tuple[float, float, float]:
     """First quartile, median, third quartile."""
     q1, median, q3 = statistics.quantiles(values, n=4, method="inclusive")
     return q1, median, q3
-
-
-def relative_error(value: Tensor, exact: Tensor) -> float:
-    """``‖value − exact‖ / ‖exact‖`` in fp64."""
-    exact = exact.double()
-    return ((value.double() - exact).norm() / exact.norm()).item()
-
-
-def failures(
-    got: Mapping[str, Tensor], plain: Mapping[str, Tensor], exact: Mapping[str, Tensor], eps: float
-) -> list[str]:
-    """What of ``got`` is further from fp64 than twice the error of plain torch in the same dtype + 1e-6.
-
-    Tensors under 64 elements may be off by ``eps`` more: on so few numbers torch's own error can be nil by chance.
-    """
-    found = []
-    for name in exact.keys() | got.keys():
-        if name not in got or name not in exact or got[name].dtype != plain[name].dtype:
-            found.append(f"{name} is missing or of another dtype")
-            continue
-        error, allowed = relative_error(got[name], exact[name]), relative_error(plain[name], exact[name])
-        limit = 2 * allowed + 1e-6 + (eps if exact[name].numel() < 64 else 0.0)
-        if not error <= limit:
-            found.append(f"{name} is off by {error:.2g}, allowed {limit:.2g}")
-    return sorted(found)
 
 
 def table(head: Sequence[str], rows: Iterable[Sequence[str]]) -> str:

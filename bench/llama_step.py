@@ -26,7 +26,7 @@ from time import perf_counter
 from typing import Any, NamedTuple
 
 import torch
-from common import DTYPES, AddRow, failures, interleave, quartiles, rounds_within, run_rows, table
+from common import AddRow, quartiles, run_rows, table
 from peft import LoraConfig, get_peft_model
 from peft.tuners.lora.layer import LoraLayer
 from torch import Tensor, nn
@@ -35,6 +35,8 @@ from transformers import LlamaConfig, LlamaForCausalLM
 import mbf
 from mbf.ops import use_backend
 from mbf.peft import calls
+from mbf.run.bench import LEAST_ROUNDS, interleave, rounds_within
+from mbf.run.layers import DTYPES, failures
 
 RANK = 16
 TARGETS = ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"]
@@ -230,7 +232,7 @@ def measure(case: Case, rounds: int, budget: float, low: bool, compiled: bool) -
     refresh = partial(ids.random_, case.vocab)
     interleave(steps, 1, refresh)
     one_round = sum(milliseconds for [(milliseconds,)] in interleave(steps, 1, refresh).values()) / 1e3
-    times = interleave(steps, rounds_within(budget, one_round, rounds), refresh)
+    times = interleave(steps, rounds_within(budget, one_round, max(LEAST_ROUNDS, rounds)), refresh)
     saved = {name: saved_mb(model, ids) for name, model in variants.items()}
     return Result({name: [ms for (ms,) in one] for name, one in times.items()}, saved)
 
@@ -256,7 +258,7 @@ def arguments(argv: Sequence[str]) -> argparse.Namespace:
     add = parser.add_argument
     add("--layers", type=int, default=4)
     add("--vocab", type=int, default=4096)
-    add("--dtype", choices=DTYPES, default="fp32")
+    add("--dtype", choices=["fp32", "bf16"], default="fp32")
     add("--p", action="append", type=float, help="dropout probability; may be repeated (default: 0 and 0.1)")
     add("--rounds", type=int, default=20)
     add("--budget", type=float, default=600.0, help="seconds a model may take; it then has fewer rounds, but three")

@@ -1,10 +1,12 @@
-"""What the benchmarks share: the facts under a figure, the loop over cases, tables and CSV."""
+"""What the benchmarks share: the facts under a figure, a script's options and its loop over cases, tables and CSV."""
 
 from __future__ import annotations
 
+import argparse
 import csv
 import platform
 import statistics
+import sys
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
@@ -12,8 +14,10 @@ from typing import Any, TypeAlias, TypeVar
 
 import torch
 
+from mbf.run.bench import LEAST_ROUNDS
 from mbf.run.doctor import diagnose
 
+BOTH_P = (0.0, 0.1)
 Case = TypeVar("Case")
 AddRow: TypeAlias = Callable[[Sequence[Any]], None]
 
@@ -32,24 +36,50 @@ def facts() -> dict[str, Any]:
     }
 
 
-def run_rows(
-    cases: Iterable[Case],
-    measure: Callable[[Case], Any],
+def script_parser(description: str | None, row: str, budget: float) -> argparse.ArgumentParser:
+    """A parser of the options that every script has; ``row`` is the word for what ``--budget`` is the budget of."""
+    parser = argparse.ArgumentParser(description=(description or "").split("\n")[0])
+    add = parser.add_argument
+    add("--p", action="append", type=float, help="dropout probability; may be repeated (default: 0 and 0.1)")
+    add("--rounds", type=_rounds, default=20, help="of every variant, at least three")
+    add("--budget", type=float, default=budget, help=f"seconds a {row} may take; it then has fewer rounds, but three")
+    add("--threads", type=int)
+    add("--compile", action="store_true", help=f"with torch.compile of PEFT, about a minute a {row}")
+    add("--csv", metavar="FILE")
+    return parser
+
+
+def _rounds(text: str) -> int:
+    return max(LEAST_ROUNDS, int(text))
+
+
+def run_script(
+    script: str,
+    argv: Sequence[str] | None,
+    arguments: Callable[[Sequence[str]], argparse.Namespace],
+    measure: Callable[[Case, argparse.Namespace], Any],
     report: Callable[[Case, Any, AddRow], None],
     columns: Sequence[str],
-    target: str | None,
-    command: str,
 ) -> int:
     """Measure and report case by case, below the facts and the command; return 1 if a result was wrong.
 
-    ``measure`` returns what ``report`` takes or, where a result is wrong, a list of words that say what.
+    Args:
+        script: the file's name in bench/.
+        argv: the command line; None is that of the process.
+        arguments: parses it with a ``script_parser`` and adds the ``cases``.
+        measure: returns what ``report`` takes or, where a result is wrong, a list of words that say what.
+        report: prints a case and adds its rows, which have ``columns``, to the CSV.
     """
-    header = {**facts(), "command": command}
+    argv = sys.argv[1:] if argv is None else argv
+    args = arguments(argv)
+    if args.threads:
+        torch.set_num_threads(args.threads)
+    header = {**facts(), "command": " ".join([f"python bench/{script}", *argv])}
     print("\n".join(f"{name}: {value}" for name, value in header.items()))
     status = 0
-    with csv_rows(target, columns, header) as add:
-        for case in cases:
-            result = measure(case)
+    with csv_rows(args.csv, columns, header) as add:
+        for case in args.cases:
+            result = measure(case, args)
             if isinstance(result, list):
                 status = 1
                 print(f"\n{case}   WRONG, not timed:\n  " + "\n  ".join(result), flush=True)

@@ -25,11 +25,11 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
-from common import AddRow, quartiles, run_rows, table
+from common import BOTH_P, AddRow, quartiles, run_script, script_parser, table
 from torch import Tensor
 from torch.nn import functional as F
 
-from mbf.run.bench import LEAST_ROUNDS, Samples, sample, timed
+from mbf.run.bench import Samples, sample, timed
 from mbf.run.layers import (
     SCALE,
     Case,
@@ -59,7 +59,6 @@ def product(
     return [Case(*map(int, shape.split("x")), rank, p, rows, dtype) for shape, dtype, rank, p, rows in found]
 
 
-BOTH_P = (0.0, 0.1)
 SHAPES = {
     "SmolLM2-135M": ("576x576", "576x192", "576x1536", "1536x576"),
     "Llama-3.2-1B": ("2048x2048", "2048x512", "2048x8192", "8192x2048"),
@@ -174,14 +173,14 @@ class Result(NamedTuple):
     peaks: dict[str, float]
 
 
-def measure(case: Case, rounds: int, budget: float, compiled: bool) -> Result | list[str]:
+def measure(case: Case, args: argparse.Namespace) -> Result | list[str]:
     """The row's times, or what is wrong with its results."""
     torch.seed()
     given = draw(case)
-    variants = build(case, given, compiled)
+    variants = build(case, given, args.compile)
     if found := check(variants, given, case.p):
         return found
-    samples = sample(variants, given, max(LEAST_ROUNDS, rounds), budget)
+    samples = sample(variants, given, args.rounds, args.budget)
     return Result(samples, {name: peak_mb(variant, given) for name, variant in variants.items()})
 
 
@@ -213,18 +212,12 @@ def report(case: Case, result: Result, add: AddRow) -> None:
 
 
 def arguments(argv: Sequence[str]) -> argparse.Namespace:
-    parser = argparse.ArgumentParser(description=(__doc__ or "").split("\n")[0])
+    parser = script_parser(__doc__, "row", budget=120.0)
     add = parser.add_argument
-    add("--shape", action="append", metavar="INxOUT", help="d_in x d_out; may be repeated, as the next four may")
+    add("--shape", action="append", metavar="INxOUT", help="d_in x d_out; may be repeated, as the next three may")
     add("--rank", action="append", type=int)
-    add("--p", action="append", type=float, help="dropout probability")
     add("--tokens", action="append", type=int, help="rows of x")
     add("--dtype", action="append", choices=["fp32", "bf16"])
-    add("--rounds", type=int, default=20)
-    add("--budget", type=float, default=120.0, help="seconds a row may take; it then has fewer rounds, but three")
-    add("--threads", type=int)
-    add("--compile", action="store_true", help="with torch.compile of PEFT, about a minute a row")
-    add("--csv", metavar="FILE")
     rows = parser.add_mutually_exclusive_group()
     rows.add_argument("--claims", action="store_true", help="only the rows that the README claims")
     rows.add_argument("--quick", action="store_true", help="a few small rows")
@@ -242,15 +235,7 @@ def arguments(argv: Sequence[str]) -> argparse.Namespace:
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    argv = sys.argv[1:] if argv is None else argv
-    args = arguments(argv)
-    if args.threads:
-        torch.set_num_threads(args.threads)
-
-    def measured(case: Case) -> Result | list[str]:
-        return measure(case, args.rounds, args.budget, args.compile)
-
-    return run_rows(args.cases, measured, report, COLUMNS, args.csv, " ".join(["python bench/lora_linear.py", *argv]))
+    return run_script("lora_linear.py", argv, arguments, measure, report, COLUMNS)
 
 
 def test_lora_linear(capsys):

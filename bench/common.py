@@ -1,66 +1,86 @@
-"""What the benchmarks share: the facts under a figure, the interleaved loop, the accuracy rule and the CSV."""
+"""What the benchmarks share: the facts under a figure, a script's options and its loop over cases, tables and CSV."""
 
 from __future__ import annotations
 
+import argparse
 import csv
-import gc
 import platform
 import statistics
+import sys
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, TypeAlias, TypeVar
 
 import torch
-from torch import Tensor
 
-from mbf.ops import native_status
-from mbf.run.versions import versions
+from mbf.run.bench import LEAST_ROUNDS
+from mbf.run.doctor import diagnose
 
-DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
-LEAST_ROUNDS = 3
+BOTH_P = (0.0, 0.1)
 Case = TypeVar("Case")
 AddRow: TypeAlias = Callable[[Sequence[Any]], None]
 
 
 def facts() -> dict[str, Any]:
     """What a figure was measured with; every benchmark here computes on the CPU."""
+    found = diagnose()
+    cpu = found["cpu"]
     return {
-        **versions(),
+        **found["versions"],
         "device": f"CPU {platform.machine()}",
-        "cpu": _cpu_name(),
-        "simd": torch.backends.cpu.get_cpu_capability(),
+        "cpu": cpu["model"] or platform.processor() or "unknown",
+        "simd": cpu["torch dispatches to"],
         "bf16": "native" if torch.ops.mkldnn._is_mkldnn_bf16_supported() else "emulated",
-        "extension": native_status().reason,
-        "kernels": native_status().kernels,
+        "extension": found["compiled extension"]["reason"],
+        "kernels": found["compiled extension"]["CPU kernels"] or "none",
     }
 
 
-def _cpu_name() -> str:
-    info = Path("/proc/cpuinfo")
-    lines = info.read_text(encoding="utf-8").splitlines() if info.exists() else []
-    names = [line.split(":", 1)[1].strip() for line in lines if line.startswith("model name")]
-    return names[0] if names else platform.processor() or "unknown"
+def script_parser(description: str | None, row: str, budget: float) -> argparse.ArgumentParser:
+    """A parser of the options that every script has; ``row`` is the word for what ``--budget`` is the budget of."""
+    parser = argparse.ArgumentParser(description=(description or "").split("\n")[0])
+    add = parser.add_argument
+    add("--p", action="append", type=float, help="dropout probability; may be repeated (default: 0 and 0.1)")
+    add("--rounds", type=_rounds, default=20, help="of every variant, at least three")
+    add("--budget", type=float, default=budget, help=f"seconds a {row} may take; it then has fewer rounds, but three")
+    add("--threads", type=int)
+    add("--compile", action="store_true", help=f"with torch.compile of PEFT, about a minute a {row}")
+    add("--csv", metavar="FILE")
+    return parser
 
 
-def run_rows(
-    cases: Iterable[Case],
-    measure: Callable[[Case], Any],
+def _rounds(text: str) -> int:
+    return max(LEAST_ROUNDS, int(text))
+
+
+def run_script(
+    script: str,
+    argv: Sequence[str] | None,
+    arguments: Callable[[Sequence[str]], argparse.Namespace],
+    measure: Callable[[Case, argparse.Namespace], Any],
     report: Callable[[Case, Any, AddRow], None],
     columns: Sequence[str],
-    target: str | None,
-    command: str,
 ) -> int:
     """Measure and report case by case, below the facts and the command; return 1 if a result was wrong.
 
-    ``measure`` returns what ``report`` takes or, where a result is wrong, a list of words that say what.
+    Args:
+        script: the file's name in bench/.
+        argv: the command line; None is that of the process.
+        arguments: parses it with a ``script_parser`` and adds the ``cases``.
+        measure: returns what ``report`` takes or, where a result is wrong, a list of words that say what.
+        report: prints a case and adds its rows, which have ``columns``, to the CSV.
     """
-    header = {**facts(), "command": command}
+    argv = sys.argv[1:] if argv is None else argv
+    args = arguments(argv)
+    if args.threads:
+        torch.set_num_threads(args.threads)
+    header = {**facts(), "command": " ".join([f"python bench/{script}", *argv])}
     print("\n".join(f"{name}: {value}" for name, value in header.items()))
     status = 0
-    with csv_rows(target, columns, header) as add:
-        for case in cases:
-            result = measure(case)
+    with csv_rows(args.csv, columns, header) as add:
+        for case in args.cases:
+            result = measure(case, args)
             if isinstance(result, list):
                 status = 1
                 print(f"\n{case}   WRONG, not timed:\n  " + "\n  ".join(result), flush=True)
@@ -94,59 +114,10 @@ def read_csv(source: str | Path) -> tuple[dict[str, str], list[dict[str, str]]]:
     return {name: value for name, value in notes}, list(csv.DictReader(x for x in lines if not x.startswith("# ")))
 
 
-def interleave(
-    variants: Mapping[str, Callable[[], tuple[float, ...]]], rounds: int, refresh: Callable[[], Any]
-) -> dict[str, list[tuple[float, ...]]]:
-    """Run every variant once a round, in an order that is rotated from round to round, after ``refresh``."""
-    names = list(variants)
-    found: dict[str, list[tuple[float, ...]]] = {name: [] for name in names}
-    gc.collect()
-    gc.freeze()
-    try:
-        for n in range(rounds):
-            refresh()
-            for k in range(len(names)):
-                name = names[(n + k) % len(names)]
-                found[name].append(variants[name]())
-    finally:
-        gc.unfreeze()
-    return found
-
-
-def rounds_within(budget: float, one_round: float, wanted: int) -> int:
-    """As many rounds as ``budget`` seconds allow, at most ``wanted`` and never fewer than three."""
-    return max(LEAST_ROUNDS, min(wanted, int(budget / one_round)))
-
-
 def quartiles(values: Sequence[float]) -> tuple[float, float, float]:
     """First quartile, median, third quartile."""
     q1, median, q3 = statistics.quantiles(values, n=4, method="inclusive")
     return q1, median, q3
-
-
-def relative_error(value: Tensor, exact: Tensor) -> float:
-    """``‖value − exact‖ / ‖exact‖`` in fp64."""
-    exact = exact.double()
-    return ((value.double() - exact).norm() / exact.norm()).item()
-
-
-def failures(
-    got: Mapping[str, Tensor], plain: Mapping[str, Tensor], exact: Mapping[str, Tensor], eps: float
-) -> list[str]:
-    """What of ``got`` is further from fp64 than twice the error of plain torch in the same dtype + 1e-6.
-
-    Tensors under 64 elements may be off by ``eps`` more: on so few numbers torch's own error can be nil by chance.
-    """
-    found = []
-    for name in exact.keys() | got.keys():
-        if name not in got or name not in exact or got[name].dtype != plain[name].dtype:
-            found.append(f"{name} is missing or of another dtype")
-            continue
-        error, allowed = relative_error(got[name], exact[name]), relative_error(plain[name], exact[name])
-        limit = 2 * allowed + 1e-6 + (eps if exact[name].numel() < 64 else 0.0)
-        if not error <= limit:
-            found.append(f"{name} is off by {error:.2g}, allowed {limit:.2g}")
-    return sorted(found)
 
 
 def table(head: Sequence[str], rows: Iterable[Sequence[str]]) -> str:

@@ -18,7 +18,6 @@ from __future__ import annotations
 
 import argparse
 import copy
-import inspect
 import sys
 from collections.abc import Callable, Sequence
 from functools import partial
@@ -26,7 +25,7 @@ from time import perf_counter
 from typing import Any, NamedTuple
 
 import torch
-from common import DTYPES, AddRow, failures, interleave, quartiles, rounds_within, run_rows, table
+from common import BOTH_P, AddRow, quartiles, run_script, script_parser, table
 from peft import LoraConfig, get_peft_model
 from peft.tuners.lora.layer import LoraLayer
 from torch import Tensor, nn
@@ -35,6 +34,8 @@ from transformers import LlamaConfig, LlamaForCausalLM
 import mbf
 from mbf.ops import use_backend
 from mbf.peft import calls
+from mbf.run.bench import interleave, rounds_within
+from mbf.run.layers import DTYPES, failures
 
 RANK = 16
 TARGETS = ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"]
@@ -210,12 +211,12 @@ class Result(NamedTuple):
     saved: dict[str, float]
 
 
-def measure(case: Case, rounds: int, budget: float, low: bool, compiled: bool) -> Result | list[str]:
+def measure(case: Case, args: argparse.Namespace) -> Result | list[str]:
     """The steps' times, or what is wrong with their results."""
     torch.seed()
     base = frozen_model(case)
     ids = torch.randint(case.vocab, (case.batch, case.length))
-    variants = build(base, case, low, compiled)
+    variants = build(base, case, bool(args.memory), args.compile)
     eps = torch.finfo(DTYPES[case.dtype]).eps
     found = [
         f"{name}: {what}"
@@ -230,7 +231,7 @@ def measure(case: Case, rounds: int, budget: float, low: bool, compiled: bool) -
     refresh = partial(ids.random_, case.vocab)
     interleave(steps, 1, refresh)
     one_round = sum(milliseconds for [(milliseconds,)] in interleave(steps, 1, refresh).values()) / 1e3
-    times = interleave(steps, rounds_within(budget, one_round, rounds), refresh)
+    times = interleave(steps, rounds_within(args.budget, one_round, args.rounds), refresh)
     saved = {name: saved_mb(model, ids) for name, model in variants.items()}
     return Result({name: [ms for (ms,) in one] for name, one in times.items()}, saved)
 
@@ -252,40 +253,22 @@ def report(case: Case, result: Result, add: AddRow) -> None:
 
 
 def arguments(argv: Sequence[str]) -> argparse.Namespace:
-    parser = argparse.ArgumentParser(description=(__doc__ or "").split("\n")[0])
+    parser = script_parser(__doc__, "model", budget=600.0)
     add = parser.add_argument
     add("--layers", type=int, default=4)
     add("--vocab", type=int, default=4096)
-    add("--dtype", choices=DTYPES, default="fp32")
-    add("--p", action="append", type=float, help="dropout probability; may be repeated (default: 0 and 0.1)")
-    add("--rounds", type=int, default=20)
-    add("--budget", type=float, default=600.0, help="seconds a model may take; it then has fewer rounds, but three")
-    add("--threads", type=int)
-    add("--compile", action="store_true", help="with torch.compile of PEFT's model, about a minute")
+    add("--dtype", choices=["fp32", "bf16"], default="fp32")
     add("--memory", choices=["low"], help="with mbf.fuse(model, memory=...)")
-    add("--csv", metavar="FILE")
     add("--quick", action="store_true", help="one layer, few tokens")
     args = parser.parse_args(argv)
     layers, vocab = (1, 512) if args.quick else (args.layers, args.vocab)
     batch, length = (2, 33) if args.quick else (4, 256)
-    args.cases = [Case(layers, vocab, args.dtype, p, batch, length) for p in args.p or (0.0, 0.1)]
+    args.cases = [Case(layers, vocab, args.dtype, p, batch, length) for p in args.p or BOTH_P]
     return args
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    argv = sys.argv[1:] if argv is None else argv
-    args = arguments(argv)
-    if args.threads:
-        torch.set_num_threads(args.threads)
-    low = bool(args.memory)
-    if low and "memory" not in inspect.signature(mbf.fuse).parameters:
-        low = False
-        print('mbf-low is skipped: mbf.fuse has no argument "memory"')
-
-    def measured(case: Case) -> Result | list[str]:
-        return measure(case, args.rounds, args.budget, low, args.compile)
-
-    return run_rows(args.cases, measured, report, COLUMNS, args.csv, " ".join(["python bench/llama_step.py", *argv]))
+    return run_script("llama_step.py", argv, arguments, measure, report, COLUMNS)
 
 
 def test_llama_step(capsys):

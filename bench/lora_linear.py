@@ -16,28 +16,34 @@ from __future__ import annotations
 import argparse
 import itertools
 import json
-import math
 import os
 import sys
 import tempfile
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
-from time import perf_counter
 from typing import Any, NamedTuple
 
 import torch
-from common import DTYPES, AddRow, failures, interleave, quartiles, rounds_within, run_rows, table
-from peft import LoraConfig, get_peft_model
-from torch import Tensor, nn
+from common import BOTH_P, AddRow, quartiles, run_script, script_parser, table
+from torch import Tensor
 from torch.nn import functional as F
 
-import mbf
-from mbf.ops import draw_seed, dropout_mask
-from mbf.ops.philox import keep_scale
-from mbf.peft import calls
+from mbf.run.bench import Samples, sample, timed
+from mbf.run.layers import (
+    SCALE,
+    Case,
+    Kept,
+    Operands,
+    Variant,
+    draw,
+    frozen_layer,
+    fused_layer,
+    peft_layer,
+    problems,
+    wrong,
+)
 
-SCALE = 2
 PARTS = ("forward", "backward", "both")
 COLUMNS = [
     *("shape", "dtype", "rank", "p", "tokens", "variant", "part"),
@@ -45,23 +51,12 @@ COLUMNS = [
 ]
 
 
-class Case(NamedTuple):
-    """One row; the shape is that of the layer, d_in x d_out."""
-
-    shape: str
-    dtype: str
-    rank: int
-    p: float
-    tokens: int
-
-    def __str__(self) -> str:
-        return f"{self.shape} {self.dtype} r={self.rank} p={self.p:g} T={self.tokens}"
-
-
 def product(
     shapes: Iterable[str], dtypes: Sequence[str], ranks: Sequence[int], ps: Sequence[float], tokens: Sequence[int]
 ) -> list[Case]:
-    return [Case(*one) for one in itertools.product(shapes, dtypes, ranks, ps, tokens)]
+    """A case for every combination; a shape is d_in x d_out."""
+    found = itertools.product(shapes, dtypes, ranks, ps, tokens)
+    return [Case(*map(int, shape.split("x")), rank, p, rows, dtype) for shape, dtype, rank, p, rows in found]
 
 
 SHAPES = {
@@ -70,7 +65,6 @@ SHAPES = {
     "Llama-3-8B": ("4096x4096", "4096x1024", "4096x14336", "14336x4096"),
     "others": ("768x768", "1024x1024"),
 }
-BOTH_P = (0.0, 0.1)
 CLAIMS = [
     *product(["2048x2048", "2048x512"], ["fp32"], [16], BOTH_P, [512]),
     *product(["576x576"], ["fp32"], [8], BOTH_P, [1, 16, 512]),
@@ -117,109 +111,35 @@ class InPlace(torch.autograd.Function):
         return dx.addcmul_(dh @ A, keep), None, dh.t() @ (x * keep), dB, None
 
 
-class Variant(NamedTuple):
-    run: Callable[[Tensor], Tensor]
-    factors: tuple[Tensor, ...]  # A and B
+def in_place_layer(given: Operands, p: float) -> Variant:
+    W = given.W
+    A, B = (factor.to(W.dtype).requires_grad_() for factor in (given.A, given.B))
+    return Variant(lambda x: InPlace.apply(x, W, A, B, p), (A, B))
 
 
-def base_layer(W: nn.Parameter) -> nn.Linear:
-    """A linear layer that has W itself, so that all variants read the same memory."""
-    layer = nn.Linear(W.shape[1], W.shape[0], bias=False, device="meta")
-    layer.weight = W
-    return layer
-
-
-def peft_layer(W: nn.Parameter, A: Tensor, B: Tensor, p: float, **options: Any) -> Variant:
-    config = LoraConfig(r=A.shape[0], lora_alpha=SCALE * A.shape[0], lora_dropout=p, target_modules=["0"])
-    model: Any = get_peft_model(nn.Sequential(base_layer(W)), config, **options)
-    layer = model.base_model.model[0]
-    factors = layer.lora_A["default"].weight, layer.lora_B["default"].weight
-    with torch.no_grad():
-        for weight, value in zip(factors, (A, B), strict=True):
-            weight.copy_(value)
-    return Variant(layer, factors)
-
-
-def build(case: Case, W: nn.Parameter, A: Tensor, B: Tensor, compiled: bool) -> dict[str, Variant]:
-    own = tuple(factor.to(W.dtype).requires_grad_() for factor in (A, B))
-    variants = {
-        "frozen": Variant(base_layer(W), ()),
-        "peft": peft_layer(W, A, B, case.p),
-        "in-place": Variant(lambda x: InPlace.apply(x, W, *own, case.p), own),
-        "mbf": peft_layer(W, A, B, case.p),
-    }
-    mbf.fuse(variants["mbf"].run, strict=True)  # type: ignore[arg-type]
-    if W.dtype != torch.float32:
-        variants["peft-nocast"] = peft_layer(W, A, B, case.p, autocast_adapter_dtype=False)
+def build(case: Case, given: Operands, compiled: bool) -> dict[str, Variant]:
+    variants = {"frozen": frozen_layer(given), "peft": peft_layer(given, case.p)}
+    if given.W.dtype != torch.float32:
+        variants["peft-nocast"] = peft_layer(given, case.p, autocast_adapter_dtype=False)
     if compiled:
         torch.compiler.reset()
-        layer = peft_layer(W, A, B, case.p)
+        layer = peft_layer(given, case.p)
         variants["peft-compiled"] = Variant(torch.compile(layer.run, dynamic=False), layer.factors)
-    order = ("frozen", "peft", "peft-nocast", "peft-compiled", "in-place", "mbf")
-    return {name: variants[name] for name in order if name in variants}
+    return {**variants, "in-place": in_place_layer(given, case.p), "mbf": fused_layer(given, case.p)}
 
 
-# -- right before fast -------------------------------------------------------------------------------------------------
+def check(variants: dict[str, Variant], given: Operands, p: float) -> list[str]:
+    def drop() -> Kept:
+        return Kept(torch.native_dropout(given.x, p, True)[1], 1 / (1 - p))
 
-
-def formula(x: Tensor, W: Tensor, factors: Sequence[Tensor], keep: Tensor | None, scale: float) -> Tensor:
-    """The layer with x dropped where ``keep`` is False and else multiplied by ``scale``."""
-    A, B = factors
-    wide = x.to(A.dtype)
-    dropped = wide if keep is None else wide * keep * scale
-    return (F.linear(x, W) + SCALE * F.linear(F.linear(dropped, A), B)).to(x.dtype)
-
-
-def results(y: Tensor, inputs: Sequence[Tensor], dy: Tensor) -> dict[str, Tensor]:
-    found = torch.autograd.grad(y, inputs, dy)
-    return {"y": y.detach()} | dict(zip(("dx", "dA", "dB"), found, strict=True))
-
-
-def wrong(name: str, variant: Variant, keep: Tensor | None, case: Case, x: Tensor, W: Tensor, dy: Tensor) -> list[str]:
-    """What of the variant's y and gradients, computed after ``manual_seed(1)``, the mask ``keep`` doesn't explain."""
-    torch.manual_seed(1)
-    scale = keep_scale(case.p) if name == "mbf" else 1 / (1 - case.p)
-    got = results(variant.run(x), (x, *variant.factors), dy)
-    plain = results(formula(x, W, variant.factors, keep, scale), (x, *variant.factors), dy)
-    wide, *factors = (t.detach().double().requires_grad_() for t in (x, *variant.factors))
-    exact = results(formula(wide, W.double(), factors, keep, scale), (wide, *factors), dy.double())
-    found = failures(got, plain, exact, torch.finfo(x.dtype).eps)
-    if case.p and torch.equal(got["y"], variant.run(x)):
-        found.append("two forwards dropped the same elements")
-    return [f"{name}: {what}" for what in found]
-
-
-def check(variants: dict[str, Variant], case: Case, x: Tensor, W: Tensor, dy: Tensor) -> list[str]:
-    keeps: dict[str, Tensor | None] = {"mbf": None, "in-place": None}
-    if case.p:
-        torch.manual_seed(1)
-        keeps["mbf"] = dropout_mask(draw_seed(x.device), x.shape, case.p)
-        torch.manual_seed(1)
-        keeps["in-place"] = torch.native_dropout(x, case.p, True)[1]
-    before = calls.copy()
-    found = [what for name, keep in keeps.items() for what in wrong(name, variants[name], keep, case, x, W, dy)]
-    if calls["slow"] != before["slow"] or calls["fast"] == before["fast"]:
-        found.append("mbf: the layer was left to PEFT")
-    return found
+    found = {
+        "mbf": problems(variants["mbf"], given, p),
+        "in-place": wrong(variants["in-place"], given, drop if p else None),
+    }
+    return [f"{name}: {what}" for name, one in found.items() for what in one]
 
 
 # -- time and memory ---------------------------------------------------------------------------------------------------
-
-
-def timed(variant: Variant, x: Tensor, dy: Tensor, repeats: int) -> tuple[float, ...]:
-    """Seconds of one forward, one backward and both, over ``repeats`` calls."""
-    forward = backward = 0.0
-    inputs = (x, *variant.factors)
-    for _ in range(repeats):
-        start = perf_counter()
-        y = variant.run(x)
-        between = perf_counter()
-        gradients = torch.autograd.grad(y, inputs, dy)
-        end = perf_counter()
-        forward += between - start
-        backward += end - between
-        del y, gradients
-    return forward / repeats, backward / repeats, (forward + backward) / repeats
 
 
 @contextmanager
@@ -235,11 +155,11 @@ def silent_stderr() -> Iterator[None]:
         os.close(kept)
 
 
-def peak_mb(variant: Variant, x: Tensor, dy: Tensor) -> float:
+def peak_mb(variant: Variant, given: Operands) -> float:
     """The most that tensors of one forward and backward hold at a time; x, dy and the parameters aren't counted."""
     cpu = [torch.profiler.ProfilerActivity.CPU]
     with silent_stderr(), torch.profiler.profile(activities=cpu, profile_memory=True) as profile:
-        timed(variant, x, dy, 1)
+        timed(variant, given, 1)
     with tempfile.TemporaryDirectory() as folder:
         trace = Path(folder) / "trace.json"
         profile.export_chrome_trace(str(trace))
@@ -249,53 +169,31 @@ def peak_mb(variant: Variant, x: Tensor, dy: Tensor) -> float:
 
 
 class Result(NamedTuple):
-    """``times[variant]`` holds forward, backward and both of every round, in microseconds."""
-
-    times: dict[str, list[tuple[float, ...]]]
+    samples: Samples
     peaks: dict[str, float]
-    rounds: int
-    repeats: int
 
 
-def measure(case: Case, rounds: int, budget: float, compiled: bool) -> Result | list[str]:
+def measure(case: Case, args: argparse.Namespace) -> Result | list[str]:
     """The row's times, or what is wrong with its results."""
-    d_in, d_out = map(int, case.shape.split("x"))
-    dtype = DTYPES[case.dtype]
     torch.seed()
-    W = nn.Parameter((torch.randn(d_out, d_in) / d_in**0.5).to(dtype), requires_grad=False)
-    A = (torch.randn(case.rank, d_in) / d_in**0.5).to(dtype).float()  # what every variant's dtype can hold
-    B = (torch.randn(d_out, case.rank) / case.rank**0.5).to(dtype).float()
-    x = torch.randn(case.tokens, d_in).to(dtype).requires_grad_()
-    dy = torch.randn(case.tokens, d_out).to(dtype)
-    variants = build(case, W, A, B, compiled)
-    if found := check(variants, case, x, W, dy):
+    given = draw(case)
+    variants = build(case, given, args.compile)
+    if found := check(variants, given, case.p):
         return found
-    torch.seed()
-
-    def refresh() -> None:
-        with torch.no_grad():
-            x.normal_()
-            dy.normal_()
-
-    for variant in variants.values():
-        timed(variant, x, dy, 1)
-    once = {name: timed(variant, x, dy, 1)[2] for name, variant in variants.items()}
-    repeats = min(50, math.ceil(1e-3 / once["frozen"]))  # a sample of a small layer is a millisecond of calls
-    used = rounds_within(budget, repeats * sum(once.values()), rounds)
-    peaks = {name: peak_mb(variant, x, dy) for name, variant in variants.items()}
-    runs = {name: lambda v=variant: timed(v, x, dy, repeats) for name, variant in variants.items()}
-    times = interleave(runs, used, refresh)
-    return Result(
-        {name: [tuple(1e6 * t for t in sample) for sample in one] for name, one in times.items()}, peaks, used, repeats
-    )
+    samples = sample(variants, given, args.rounds, args.budget)
+    return Result(samples, {name: peak_mb(variant, given) for name, variant in variants.items()})
 
 
 # -- the table ---------------------------------------------------------------------------------------------------------
 
 
 def report(case: Case, result: Result, add: AddRow) -> None:
-    times, peaks, rounds, repeats = result
-    stats = {(name, part): quartiles([t[n] for t in times[name]]) for name in times for n, part in enumerate(PARTS)}
+    (times, rounds, repeats), peaks = result
+    stats = {
+        (name, part): quartiles([1e6 * seconds[n] for seconds in times[name]])
+        for name in times
+        for n, part in enumerate(PARTS)
+    }
     lines = []
     for name in times:
         line = [name]
@@ -303,7 +201,9 @@ def report(case: Case, result: Result, add: AddRow) -> None:
             q1, median, q3 = stats[name, part]
             over, against = median / stats["frozen", part][1], stats["peft", part][1] / median
             us = [f"{t:.2f}" for t in (median, q1, q3)]
-            add([*case, name, part, *us, f"{over:.3f}", f"{against:.3f}", f"{peaks[name]:.2f}", rounds])
+            ratios = [f"{over:.3f}", f"{against:.3f}"]
+            row = [case.shape, case.dtype, case.rank, case.p, case.tokens, name, part]
+            add([*row, *us, *ratios, f"{peaks[name]:.2f}", rounds])
             line += [f"{median:.1f}", f"{over:.2f}"]
         lines.append([*line, f"{against:.2f}", f"{peaks[name]:.2f}"])
     print(f"\n{case}   {rounds} rounds of {repeats} call{'s' * (repeats > 1)}")
@@ -312,18 +212,12 @@ def report(case: Case, result: Result, add: AddRow) -> None:
 
 
 def arguments(argv: Sequence[str]) -> argparse.Namespace:
-    parser = argparse.ArgumentParser(description=(__doc__ or "").split("\n")[0])
+    parser = script_parser(__doc__, "row", budget=120.0)
     add = parser.add_argument
-    add("--shape", action="append", metavar="INxOUT", help="d_in x d_out; may be repeated, as the next four may")
+    add("--shape", action="append", metavar="INxOUT", help="d_in x d_out; may be repeated, as the next three may")
     add("--rank", action="append", type=int)
-    add("--p", action="append", type=float, help="dropout probability")
     add("--tokens", action="append", type=int, help="rows of x")
-    add("--dtype", action="append", choices=DTYPES)
-    add("--rounds", type=int, default=20)
-    add("--budget", type=float, default=120.0, help="seconds a row may take; it then has fewer rounds, but three")
-    add("--threads", type=int)
-    add("--compile", action="store_true", help="with torch.compile of PEFT, about a minute a row")
-    add("--csv", metavar="FILE")
+    add("--dtype", action="append", choices=["fp32", "bf16"])
     rows = parser.add_mutually_exclusive_group()
     rows.add_argument("--claims", action="store_true", help="only the rows that the README claims")
     rows.add_argument("--quick", action="store_true", help="a few small rows")
@@ -341,15 +235,7 @@ def arguments(argv: Sequence[str]) -> argparse.Namespace:
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    argv = sys.argv[1:] if argv is None else argv
-    args = arguments(argv)
-    if args.threads:
-        torch.set_num_threads(args.threads)
-
-    def measured(case: Case) -> Result | list[str]:
-        return measure(case, args.rounds, args.budget, args.compile)
-
-    return run_rows(args.cases, measured, report, COLUMNS, args.csv, " ".join(["python bench/lora_linear.py", *argv]))
+    return run_script("lora_linear.py", argv, arguments, measure, report, COLUMNS)
 
 
 def test_lora_linear(capsys):

@@ -1,7 +1,6 @@
 """Time of one LoRA layer on this machine's CPU: the frozen layer alone, PEFT's lora.Linear, and that layer fused.
 
-All three compute on the same W, x and dy, the two adapters with the same random A and B. W is frozen, x needs a
-gradient. ``bench/lora_linear.py`` of the source tree is the long form, with more peers, parts and memory.
+``bench/lora_linear.py`` of the source tree is the long form, with more peers, parts and memory.
 """
 
 from __future__ import annotations
@@ -13,40 +12,22 @@ import re
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
+from functools import partial
 from statistics import median
 from time import perf_counter
 from typing import Any, NamedTuple
 
 import torch
-from peft import LoraConfig, get_peft_model
-from torch import Tensor, nn
-from torch.nn import functional as F
 
 from mbf.ops.philox import P_END
-from mbf.peft import calls, fuse
 from mbf.run.doctor import diagnose
+from mbf.run.layers import DTYPES, Case, Operands, Variant, draw, frozen_layer, fused_layer, peft_layer, problems
 
-DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 RANKS = {"576x576": 8, "576x1536": 16, "2048x2048": 16}  # by shape: two of SmolLM2-135M, one of Llama-3.2-1B
 _OTHER_RANK = 16
-_SCALE = 2.0
+LEAST_ROUNDS = 3
 _ROW_SECONDS = 6.0  # a row that would take longer has fewer rounds, but three
 _SAMPLE_SECONDS = 1e-3  # a sample of a small layer is several calls
-
-
-@dataclass(frozen=True)
-class Case:
-    """One row: the layer is d_in x d_out, x is tokens x d_in."""
-
-    d_in: int
-    d_out: int
-    rank: int
-    p: float
-    tokens: int
-    dtype: str
-
-    def __str__(self) -> str:
-        return f"{self.d_in}x{self.d_out} r={self.rank} p={self.p:g} T={self.tokens} {self.dtype}"
 
 
 @dataclass(frozen=True)
@@ -98,8 +79,8 @@ def bench(
 ) -> Report:
     """Check, then time, one LoRA layer of each shape with each dropout probability.
 
-    Before a row is timed, y and the gradients of the fused layer without dropout are held against fp64: each may be off
-    by twice the error of PEFT's layer + 1e-6, relative in norm.
+    Before a row is timed, y and the gradients of the fused layer, dropout included, are held against fp64: each may be
+    off by twice the error of torch in the same dtypes + 1e-6, relative in norm.
 
     Args:
         shapes: ``DINxDOUT``; none are those of ``RANKS``.
@@ -182,112 +163,76 @@ def _facts() -> dict[str, str]:
     }
 
 
-# -- the variants ------------------------------------------------------------------------------------------------------
-
-
-class _Variant(NamedTuple):
-    layer: nn.Module
-    factors: tuple[Tensor, ...]  # A and B
-
-
-def _base(W: nn.Parameter) -> nn.Linear:
-    """A linear layer that has W itself: all variants read the same memory."""
-    layer = nn.Linear(W.shape[1], W.shape[0], bias=False, device="meta")
-    layer.weight = W
-    return layer
-
-
-def _adapted(W: nn.Parameter, A: Tensor, B: Tensor, p: float) -> _Variant:
-    rank = A.shape[0]
-    config = LoraConfig(r=rank, lora_alpha=_SCALE * rank, lora_dropout=p, target_modules=["0"])  # type: ignore[arg-type]
-    model: Any = get_peft_model(nn.Sequential(_base(W)), config)
-    layer = model.base_model.model[0]
-    factors = layer.lora_A["default"].weight, layer.lora_B["default"].weight
-    with torch.no_grad():
-        for weight, value in zip(factors, (A, B), strict=True):
-            weight.copy_(value)
-    return _Variant(layer, factors)
-
-
-def _measure(case: Case, rounds: int) -> Row:
-    dtype = DTYPES[case.dtype]
-    W = nn.Parameter((torch.randn(case.d_out, case.d_in) / case.d_in**0.5).to(dtype), requires_grad=False)
-    A = torch.randn(case.rank, case.d_in) / case.d_in**0.5
-    B = torch.randn(case.d_out, case.rank) / case.rank**0.5
-    x = torch.randn(case.tokens, case.d_in).to(dtype).requires_grad_()
-    dy = torch.randn(case.tokens, case.d_out).to(dtype)
-    peft, fused = _adapted(W, A, B, case.p), _adapted(W, A, B, case.p)
-    fuse(fused.layer)
-    if problems := _problems(peft, fused, W, x, dy):
-        return Row(case, {}, 0, problems)
-    return _time(case, {"frozen": _Variant(_base(W), ()), "peft": peft, "mbf": fused}, x, dy, rounds)
-
-
-# -- right before fast -------------------------------------------------------------------------------------------------
-
-
-def _results(y: Tensor, inputs: Sequence[Tensor], dy: Tensor) -> dict[str, Tensor]:
-    gradients = torch.autograd.grad(y, inputs, dy)
-    return {"y": y.detach()} | dict(zip(("dx", "dA", "dB"), gradients, strict=True))
-
-
-def _problems(peft: _Variant, fused: _Variant, W: Tensor, x: Tensor, dy: Tensor) -> tuple[str, ...]:
-    """What the fused layer computes wrong with its dropout off."""
-    found = []
-    before = calls.copy()
-    got, plain = (_without_dropout(variant, x, dy) for variant in (fused, peft))
-    if calls["slow"] != before["slow"] or calls["fast"] == before["fast"]:
-        found.append("the layer was left to PEFT")
-    wide, A, B = (t.detach().double().requires_grad_() for t in (x, *peft.factors))
-    y = F.linear(wide, W.double()) + _SCALE * F.linear(F.linear(wide, A), B)
-    for name, exact in _results(y, (wide, A, B), dy.double()).items():
-        error, limit = _error(got[name], exact), 2 * _error(plain[name], exact) + 1e-6
-        if not error <= limit:
-            found.append(f"{name} is off by {error:.2g}, allowed {limit:.2g}")
-    return tuple(found)
-
-
-def _without_dropout(variant: _Variant, x: Tensor, dy: Tensor) -> dict[str, Tensor]:
-    variant.layer.eval()
-    found = _results(variant.layer(x), (x, *variant.factors), dy)
-    variant.layer.train()
-    return found
-
-
-def _error(value: Tensor, exact: Tensor) -> float:
-    return ((value.double() - exact).norm() / exact.norm()).item()
-
-
 # -- time --------------------------------------------------------------------------------------------------------------
 
 
-def _sample(variant: _Variant, x: Tensor, dy: Tensor, repeats: int) -> float:
-    """Seconds of one forward and backward, over ``repeats``."""
-    inputs = (x, *variant.factors)
-    start = perf_counter()
-    for _ in range(repeats):
-        torch.autograd.grad(variant.layer(x), inputs, dy)
-    return (perf_counter() - start) / repeats
+def _measure(case: Case, rounds: int) -> Row:
+    given = draw(case)
+    variants = {"frozen": frozen_layer(given), "peft": peft_layer(given, case.p), "mbf": fused_layer(given, case.p)}
+    if found := problems(variants["mbf"], given, case.p):
+        return Row(case, {}, 0, tuple(found))
+    samples = sample(variants, given, rounds, _ROW_SECONDS)
+    milliseconds = {name: 1e3 * median(both for *_, both in one) for name, one in samples.seconds.items()}
+    return Row(case, milliseconds, samples.rounds)
 
 
-def _time(case: Case, variants: Mapping[str, _Variant], x: Tensor, dy: Tensor, rounds: int) -> Row:
-    for variant in variants.values():
-        _sample(variant, x, dy, 1)
-    once = {name: _sample(variant, x, dy, 1) for name, variant in variants.items()}
+class Samples(NamedTuple):
+    """``seconds[variant]`` holds forward, backward and both of every round, each the mean of ``repeats`` calls."""
+
+    seconds: dict[str, list[tuple[float, ...]]]
+    rounds: int
+    repeats: int
+
+
+def sample(variants: Mapping[str, Variant], given: Operands, rounds: int, budget: float) -> Samples:
+    """Time the variants, ``frozen`` among them, in ``rounds`` interleaved rounds or as many as ``budget`` allows."""
+
+    def runs(repeats: int) -> dict[str, Callable[[], tuple[float, ...]]]:
+        return {name: partial(timed, variant, given, repeats) for name, variant in variants.items()}
+
+    for run in runs(1).values():
+        run()
+    once = {name: run()[-1] for name, run in runs(1).items()}
     repeats = min(50, math.ceil(_SAMPLE_SECONDS / once["frozen"]))
-    rounds = min(rounds, max(3, int(_ROW_SECONDS / (repeats * sum(once.values())))))
+    rounds = rounds_within(budget, repeats * sum(once.values()), rounds)
+    return Samples(interleave(runs(repeats), rounds, given.refresh), rounds, repeats)
+
+
+def timed(variant: Variant, given: Operands, repeats: int) -> tuple[float, ...]:
+    """Seconds of one forward, one backward and both, over ``repeats`` calls."""
+    forward = backward = 0.0
+    inputs = (given.x, *variant.factors)
+    for _ in range(repeats):
+        start = perf_counter()
+        y = variant.run(given.x)
+        between = perf_counter()
+        gradients = torch.autograd.grad(y, inputs, given.dy)
+        end = perf_counter()
+        forward += between - start
+        backward += end - between
+        del y, gradients
+    return forward / repeats, backward / repeats, (forward + backward) / repeats
+
+
+def rounds_within(budget: float, one_round: float, wanted: int) -> int:
+    """As many rounds as ``budget`` seconds allow, but three; at most ``wanted``."""
+    return min(wanted, max(LEAST_ROUNDS, int(budget / one_round)))
+
+
+def interleave(
+    variants: Mapping[str, Callable[[], tuple[float, ...]]], rounds: int, refresh: Callable[[], Any]
+) -> dict[str, list[tuple[float, ...]]]:
+    """Run every variant once a round, in an order that is rotated from round to round, after ``refresh``."""
     names = list(variants)
-    seconds: dict[str, list[float]] = {name: [] for name in names}
+    found: dict[str, list[tuple[float, ...]]] = {name: [] for name in names}
     gc.collect()
     gc.freeze()
     try:
         for n in range(rounds):
-            with torch.no_grad():
-                x.normal_()
-                dy.normal_()
+            refresh()
             for k in range(len(names)):
                 name = names[(n + k) % len(names)]
-                seconds[name].append(_sample(variants[name], x, dy, repeats))
+                found[name].append(variants[name]())
     finally:
         gc.unfreeze()
-    return Row(case, {name: 1e3 * median(samples) for name, samples in seconds.items()}, rounds)
+    return found

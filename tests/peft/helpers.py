@@ -1,21 +1,25 @@
-"""Small models with a random (never zero) adapter, and the rule by which a fused result counts as right."""
+"""Small models with a random (never zero) adapter, what training them gives, and the rules by which that is right."""
 
 from __future__ import annotations
 
 import copy
+import io
+import pickle
 from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any
 
 import torch
+import transformers
 from peft import LoraConfig, PeftModel, get_peft_model, inject_adapter_in_model
 from peft.tuners.lora.layer import Linear, LoraLayer
 from torch import Tensor, nn
-from transformers import LlamaConfig, LlamaForCausalLM
 
 from mbf.peft import FusedLinear, calls
+from mbf.peft.groups import swap_back
 
 TARGETS = ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"]
+FAMILIES = ["Llama", "Mistral", "Qwen2", "Qwen3", "Gemma", "Gemma2", "Gemma3", "SmolLM3"]
 
 
 def randomise(model: nn.Module) -> None:
@@ -28,27 +32,65 @@ def randomise(model: nn.Module) -> None:
                         parameter.normal_(std=0.3)
 
 
-def base_llama() -> LlamaForCausalLM:
+def base_model(name: str = "Llama", **config: Any) -> Any:
+    """A tiny two-layer model of the family, the same one on every call."""
     torch.manual_seed(1)
-    config = LlamaConfig(
-        vocab_size=64,
-        hidden_size=32,
-        intermediate_size=48,
-        num_hidden_layers=2,
-        num_attention_heads=4,
-        num_key_value_heads=2,
-        max_position_embeddings=64,
-        attn_implementation="eager",
-    )
-    return LlamaForCausalLM(config)
+    text = "Text" if name == "Gemma3" else ""
+    settings = {
+        "vocab_size": 64,
+        "hidden_size": 32,
+        "intermediate_size": 48,
+        "num_hidden_layers": 2,
+        "num_attention_heads": 4,
+        "num_key_value_heads": 2,
+        "head_dim": 8,
+        "max_position_embeddings": 64,
+        "pad_token_id": 0,
+        "bos_token_id": 1,
+        "eos_token_id": 2,
+        "attn_implementation": "eager",
+        **config,
+    }
+    return getattr(transformers, f"{name}ForCausalLM")(getattr(transformers, f"{name}{text}Config")(**settings))
 
 
 def llama(**options: Any) -> PeftModel:
     """A two-layer Llama with a random adapter ``default``."""
     settings = {"r": 4, "lora_alpha": 8, "target_modules": TARGETS, "task_type": "CAUSAL_LM"} | options
-    model = get_peft_model(base_llama(), LoraConfig(**settings))
+    model = get_peft_model(base_model(), LoraConfig(**settings))
     randomise(model)
     return model
+
+
+def family(name: str, dtype: torch.dtype = torch.float64, config: dict[str, Any] | None = None, **lora: Any) -> Any:
+    """A tiny two-layer model of the family with a random adapter on ``TARGETS``."""
+    base = base_model(name, **(config or {}))
+    model: Any = get_peft_model(base, LoraConfig(**{"r": 4, "lora_alpha": 8, "target_modules": TARGETS} | lora))
+    randomise(model)
+    return model.to(dtype).train()
+
+
+def widen_adapter(model: nn.Module) -> None:
+    """PEFT's default on a half-precision base: A and B in fp32."""
+    for name, parameter in model.named_parameters():
+        if "lora_" in name:
+            parameter.data = parameter.data.float()
+
+
+def copies(model: nn.Module) -> list[Any]:
+    """The model copied, pickled, and saved and loaded."""
+    buffer = io.BytesIO()
+    torch.save(model, buffer)
+    buffer.seek(0)
+    return [copy.deepcopy(model), pickle.loads(pickle.dumps(model)), torch.load(buffer, weights_only=False)]
+
+
+def ungrouped(model: nn.Module) -> Any:
+    """A copy of the model whose fused layers all compute alone."""
+    twin = copy.deepcopy(model)
+    for module in twin.modules():
+        swap_back(module)
+    return twin
 
 
 def tokens(rows: int = 2, length: int = 7) -> Tensor:
@@ -114,3 +156,53 @@ def results(layer: Any, x: Tensor, dy: Tensor) -> dict[str, Tensor]:
     assert x.grad is not None
     gradients = {name: p.grad for name, p in layer.named_parameters() if p.grad is not None}
     return {"y": y.detach(), "x": x.grad, **gradients}
+
+
+def trained(model: nn.Module, ids: Tensor, seed: int = 5) -> dict[str, Tensor]:
+    """Loss, logits and every gradient of one training step."""
+    model.zero_grad()
+    torch.manual_seed(seed)
+    output: Any = model(input_ids=ids, labels=ids)
+    output.loss.backward()
+    gradients = {name: p.grad.clone() for name, p in model.named_parameters() if p.grad is not None}
+    return {"loss": output.loss.detach(), "logits": output.logits.detach(), **gradients}
+
+
+def losses(model: Any, ids: Tensor) -> Tensor:
+    """The losses of ten steps of AdamW."""
+    optimiser = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], lr=1e-3)
+    found = []
+    for _ in range(10):
+        optimiser.zero_grad()
+        loss = model(input_ids=ids, labels=ids).loss
+        loss.backward()
+        optimiser.step()
+        found.append(loss.item())
+    return torch.tensor(found)
+
+
+def assert_no_worse(got: dict[str, Tensor], stock: dict[str, Tensor], exact: dict[str, Tensor]) -> None:
+    """Half precision through a whole model: at most twice PEFT's error plus two per cent."""
+    assert got.keys() == stock.keys()
+    for name, value in got.items():
+        size = exact[name].norm()
+        errors = [(found.double() - exact[name]).norm() / size for found in (value, stock[name])]
+        assert value.dtype == stock[name].dtype and errors[0] <= 2 * errors[1] + 0.02, name
+
+
+def kept_bytes(model: nn.Module, ids: Tensor) -> int:
+    """What autograd keeps for backward, each storage once and no parameter."""
+    parameters = {p.untyped_storage().data_ptr() for p in model.parameters()}
+    kept: dict[int, Any] = {}
+
+    def pack(tensor: Tensor) -> Tensor:
+        storage = tensor.untyped_storage()
+        if storage.data_ptr() not in parameters:
+            kept[storage.data_ptr()] = storage
+        return tensor
+
+    with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
+        output: Any = model(input_ids=ids, labels=ids)
+    size = sum(storage.nbytes() for storage in kept.values())
+    del output
+    return size

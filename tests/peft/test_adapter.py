@@ -19,7 +19,7 @@ from torch import Tensor, nn
 from mbf.ops import LoraTerms
 from mbf.peft import AdapterLayer, FusedLinear, adapter_layers, fuse, fused, sync_config, unfuse
 
-from .helpers import TARGETS, base_llama, llama, lora, randomise, results, tokens, took
+from .helpers import TARGETS, add, base_model, llama, lora, randomise, results, tokens, took
 
 
 def write_ranks(layers: list[AdapterLayer], rank: Callable[[int], int]) -> None:
@@ -58,9 +58,9 @@ def test_layer_ten_comes_after_layer_two() -> None:
 def test_other_ways_to_hold_an_adapter(build: str) -> None:
     config = LoraConfig(r=2, target_modules=["q_proj", "v_proj"])
     if build == "inject":
-        model: Any = inject_adapter_in_model(config, base_llama())
+        model: Any = inject_adapter_in_model(config, base_model())
     elif build == "transformers":
-        model = base_llama()
+        model = base_model()
         model.add_adapter(config, adapter_name="default")
     else:
         model = nn.ModuleDict({"policy": llama(target_modules=["q_proj", "v_proj"])})
@@ -121,7 +121,7 @@ def test_a_wrong_name_lists_the_right_ones() -> None:
 
 def test_a_plain_model_is_told_how() -> None:
     with pytest.raises(ValueError, match="get_peft_model"):
-        adapter_layers(base_llama(), "default")
+        adapter_layers(base_model(), "default")
 
 
 # -- writing -----------------------------------------------------------------------------------------------------------
@@ -192,7 +192,7 @@ def test_saved_adapter_loads_in_plain_peft(options: dict[str, Any], rank: Callab
     sync_config(model, "default")
     assert [layer.scale for layer in layers] == scales
     model.save_pretrained(tmp_path)
-    loaded = PeftModel.from_pretrained(base_llama(), tmp_path)
+    loaded = PeftModel.from_pretrained(base_model(), tmp_path)
     assert {type(m) for m in loaded.modules() if isinstance(m, Linear)} == {Linear}
     logits = copy.deepcopy(model).double()(input_ids=ids).logits  # these weights amplify the rounding of fp32
     torch.testing.assert_close(
@@ -263,7 +263,7 @@ def test_adapter_padded_for_hotswap_is_saved_with_its_padded_rank(tmp_path: Path
     assert layers[0].scale == 2.0
     sync_config(model, "default")
     model.save_pretrained(tmp_path)
-    loaded = PeftModel.from_pretrained(base_llama(), tmp_path)
+    loaded = PeftModel.from_pretrained(base_model(), tmp_path)
     torch.testing.assert_close(loaded(input_ids=ids).logits, model(input_ids=ids).logits)
 
 
@@ -340,8 +340,6 @@ def test_a_route_does_not_count_where_the_adapter_does_not(state: str) -> None:
 
 
 def test_two_adapters_of_a_layer_can_be_routed() -> None:
-    from .helpers import add
-
     module, x = lora(), torch.randn(6, 15)
     add(module, "second")
     module.set_adapter(["default", "second"])
@@ -400,8 +398,6 @@ def test_routes_and_fuse_do_not_undo_each_other() -> None:
 
 
 def test_a_borrowed_layer_computes_its_other_adapters_as_stock() -> None:
-    from .helpers import add
-
     module, x = lora(), torch.randn(6, 15)
     add(module, "second")
     module.set_adapter("second")

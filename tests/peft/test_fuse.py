@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import copy
-import io
-import pickle
 from pathlib import Path
 from typing import Any
 
@@ -18,7 +16,7 @@ from torch import nn
 import mbf.peft
 from mbf.peft import FusedLinear, FuseReport, fuse, fused, unfuse
 
-from .helpers import TARGETS, base_llama, llama, randomise, tokens, took
+from .helpers import TARGETS, base_model, copies, llama, losses, randomise, tokens, took
 
 
 def kinds(model: nn.Module) -> list[type]:
@@ -177,10 +175,7 @@ def test_copies_are_fused_and_independent() -> None:
     model, ids = llama(), tokens()
     fuse(model)
     logits = model(input_ids=ids).logits
-    buffer = io.BytesIO()
-    torch.save(model, buffer)
-    buffer.seek(0)
-    for twin in (copy.deepcopy(model), pickle.loads(pickle.dumps(model)), torch.load(buffer, weights_only=False)):
+    for twin in copies(model):
         assert set(kinds(twin)) == {FusedLinear}
         with took("fast", 14):
             assert torch.equal(twin(input_ids=ids).logits, logits)
@@ -203,7 +198,7 @@ def test_merge_and_unload() -> None:
 
 
 def test_unload_gives_the_base_back() -> None:
-    base = base_llama()
+    base = base_model()
     ids = tokens()
     logits = base(input_ids=ids).logits
     model = llama()
@@ -293,15 +288,7 @@ def test_training_stays_the_same() -> None:
         randomise(model)
         if swap:
             fuse(model, strict=True)
-        optimiser = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], lr=1e-3)
-        losses = []
-        for _ in range(10):
-            optimiser.zero_grad()
-            loss = model(input_ids=ids, labels=ids).loss
-            loss.backward()
-            optimiser.step()
-            losses.append(loss.item())
-        ends.append(torch.tensor(losses))
+        ends.append(losses(model, ids))
     assert ends[0][-1] < ends[0][0]
     torch.testing.assert_close(ends[1], ends[0], rtol=1e-4, atol=1e-4)
 

@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import copy
-import io
-import pickle
 import threading
 import weakref
 from collections.abc import Callable, Iterator
@@ -12,85 +10,30 @@ from typing import Any
 
 import pytest
 import torch
-import transformers
 from peft import LoraConfig, PeftModel, get_peft_model
 from torch import Tensor, nn
 
 import mbf.peft.groups
 from mbf.ops import LoraTerms, use_backend
 from mbf.peft import FusedLinear, adapter_layers, fuse, fused, unfuse
-from mbf.peft.groups import SharedInput, plain_class, swap_back
+from mbf.peft.groups import SharedInput, plain_class
 
-from .helpers import TARGETS, randomise, tokens, took
+from .helpers import (
+    FAMILIES,
+    TARGETS,
+    assert_no_worse,
+    copies,
+    family,
+    kept_bytes,
+    randomise,
+    tokens,
+    took,
+    trained,
+    ungrouped,
+    widen_adapter,
+)
 
 QKV = ["q_proj", "k_proj", "v_proj"]
-FAMILIES = ["Llama", "Mistral", "Qwen2", "Qwen3", "Gemma", "Gemma2", "Gemma3", "SmolLM3"]
-
-
-def family(name: str, dtype: torch.dtype = torch.float64, config: dict[str, Any] | None = None, **lora: Any) -> Any:
-    """A tiny two-layer model of the family with a random adapter on ``TARGETS``."""
-    torch.manual_seed(1)
-    text = "Text" if name == "Gemma3" else ""
-    settings = {
-        "vocab_size": 64,
-        "hidden_size": 32,
-        "intermediate_size": 48,
-        "num_hidden_layers": 2,
-        "num_attention_heads": 4,
-        "num_key_value_heads": 2,
-        "head_dim": 8,
-        "max_position_embeddings": 64,
-        "pad_token_id": 0,
-        "bos_token_id": 1,
-        "eos_token_id": 2,
-        "attn_implementation": "eager",
-        **(config or {}),
-    }
-    base = getattr(transformers, f"{name}ForCausalLM")(getattr(transformers, f"{name}{text}Config")(**settings))
-    model: Any = get_peft_model(base, LoraConfig(**{"r": 4, "lora_alpha": 8, "target_modules": TARGETS} | lora))
-    randomise(model)
-    return model.to(dtype).train()
-
-
-def trained(model: nn.Module, ids: Tensor, seed: int = 5) -> dict[str, Tensor]:
-    """Loss, logits and every gradient of one training step."""
-    model.zero_grad()
-    torch.manual_seed(seed)
-    output: Any = model(input_ids=ids, labels=ids)
-    output.loss.backward()
-    gradients = {name: p.grad.clone() for name, p in model.named_parameters() if p.grad is not None}
-    return {"loss": output.loss.detach(), "logits": output.logits.detach(), **gradients}
-
-
-def assert_no_worse(got: dict[str, Tensor], stock: dict[str, Tensor], exact: dict[str, Tensor]) -> None:
-    """Half precision through a whole model: at most twice PEFT's error plus two per cent."""
-    assert got.keys() == stock.keys()
-    for name, value in got.items():
-        size = exact[name].norm()
-        errors = [(found.double() - exact[name]).norm() / size for found in (value, stock[name])]
-        assert value.dtype == stock[name].dtype and errors[0] <= 2 * errors[1] + 0.02, name
-
-
-def ungrouped(model: nn.Module) -> Any:
-    """A copy of the model whose fused layers all compute alone."""
-    twin = copy.deepcopy(model)
-    for module in twin.modules():
-        swap_back(module)
-    return twin
-
-
-@pytest.fixture
-def groups(monkeypatch: pytest.MonkeyPatch) -> list[int]:
-    """The size of every group that is computed."""
-    sizes: list[int] = []
-    compute = mbf.peft.groups.lora_group
-
-    def counted(x: Tensor, layers: Any) -> Any:
-        sizes.append(len(layers))
-        return compute(x, layers)
-
-    monkeypatch.setattr(mbf.peft.groups, "lora_group", counted)
-    return sizes
 
 
 # -- whole models ------------------------------------------------------------------------------------------------------
@@ -112,9 +55,7 @@ def test_trains_as_peft_does(name: str, targets: list[str], groups: list[int]) -
 
 def test_fp32_adapter_on_a_half_base(groups: list[int]) -> None:
     model, ids = family("Llama", torch.bfloat16), tokens()
-    for name, parameter in model.named_parameters():
-        if "lora_" in name:
-            parameter.data = parameter.data.float()
+    widen_adapter(model)
     exact = trained(copy.deepcopy(model).double(), ids)
     stock = trained(model, ids)
     fuse(model, strict=True)
@@ -190,24 +131,6 @@ def test_compiles_whole_and_alone(groups: list[int]) -> None:
     compiled = torch.compile(model, fullgraph=True, backend="aot_eager")
     torch.testing.assert_close(compiled(input_ids=ids).logits, expected)
     assert groups == []
-
-
-def kept_bytes(model: nn.Module, ids: Tensor) -> int:
-    """What autograd keeps for backward, each storage once and no parameter."""
-    parameters = {p.untyped_storage().data_ptr() for p in model.parameters()}
-    kept: dict[int, Any] = {}
-
-    def pack(tensor: Tensor) -> Tensor:
-        storage = tensor.untyped_storage()
-        if storage.data_ptr() not in parameters:
-            kept[storage.data_ptr()] = storage
-        return tensor
-
-    with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
-        output: Any = model(input_ids=ids, labels=ids)
-    size = sum(storage.nbytes() for storage in kept.values())
-    del output
-    return size
 
 
 def test_keeps_less_than_peft() -> None:
@@ -651,10 +574,7 @@ def test_copies_are_grouped_and_independent(groups: list[int]) -> None:
     model, ids = family("Llama"), tokens()
     fuse(model)
     logits = model(input_ids=ids).logits
-    buffer = io.BytesIO()
-    torch.save(model, buffer)
-    buffer.seek(0)
-    for twin in (copy.deepcopy(model), pickle.loads(pickle.dumps(model)), torch.load(buffer, weights_only=False)):
+    for twin in copies(model):
         groups.clear()
         assert torch.equal(twin(input_ids=ids).logits, logits) and groups == [3, 3]
         randomise(twin)

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import copy
-import pickle
 from collections.abc import Callable
 from typing import Any
 
@@ -13,14 +12,26 @@ from peft import LoraConfig
 from torch import Tensor, nn
 from transformers.models.llama.modeling_llama import LlamaMLP
 
-import mbf.peft.groups
 import mbf.peft.mlp
 from mbf.ops import use_backend
 from mbf.peft import fuse, fused, unfuse
 from mbf.peft.groups import plain_class
 
-from .helpers import TARGETS, randomise, tokens, took
-from .test_groups import FAMILIES, assert_no_worse, family, groups, kept_bytes, trained, ungrouped  # noqa: F401
+from .helpers import (
+    FAMILIES,
+    TARGETS,
+    assert_no_worse,
+    copies,
+    family,
+    kept_bytes,
+    losses,
+    randomise,
+    tokens,
+    took,
+    trained,
+    ungrouped,
+    widen_adapter,
+)
 
 MLP = ["gate_proj", "up_proj", "down_proj"]
 
@@ -65,7 +76,7 @@ def test_trains_as_peft_does(name: str, memory: Any, whole: list[Any]) -> None:
     ("act", "activation"),
     [("silu", "silu"), ("swish", "silu"), ("gelu_pytorch_tanh", "gelu_tanh"), ("gelu", None), ("relu", None)],
 )
-def test_activations(act: str, activation: str | None, whole: list[Any], groups: list[int]) -> None:  # noqa: F811
+def test_activations(act: str, activation: str | None, whole: list[Any], groups: list[int]) -> None:
     model, ids = family("Llama", config={"hidden_act": act}, target_modules=MLP), tokens()
     expected = trained(model, ids)
     report = fuse(model, strict=True)
@@ -79,9 +90,7 @@ def test_activations(act: str, activation: str | None, whole: list[Any], groups:
 @pytest.mark.parametrize("memory", ["default", "low"])
 def test_fp32_adapter_on_a_half_base(memory: Any, whole: list[Any]) -> None:
     model, ids = family("Llama", torch.bfloat16), tokens()
-    for name, parameter in model.named_parameters():
-        if "lora_" in name:
-            parameter.data = parameter.data.float()
+    widen_adapter(model)
     exact, stock = trained(copy.deepcopy(model).double(), ids), trained(model, ids)
     fuse(model, strict=True, memory=memory)
     assert_no_worse(trained(model, ids), stock, exact)
@@ -275,7 +284,7 @@ def test_disabled_for_a_while(whole: list[Any]) -> None:
 
 
 @pytest.mark.parametrize("targets", [["gate_proj", "up_proj"], ["gate_proj", "down_proj"], ["down_proj"]], ids=str)
-def test_mlps_adapted_in_part(targets: list[str], whole: list[Any], groups: list[int]) -> None:  # noqa: F811
+def test_mlps_adapted_in_part(targets: list[str], whole: list[Any], groups: list[int]) -> None:
     model, ids = family("Llama", target_modules=targets), tokens()
     expected = trained(model, ids)
     report = fuse(model, strict=True)
@@ -320,9 +329,9 @@ def test_memory_is_switched_by_another_call_and_undone(whole: list[Any]) -> None
         model(input_ids=ids)
         assert not any(options["recompute"] for options in whole)
     whole.clear()
-    for twin in (model, copy.deepcopy(model), pickle.loads(pickle.dumps(model))):
+    for twin in (model, *copies(model)):
         twin(input_ids=ids)
-    assert [options["recompute"] for options in whole] == [True] * 6
+    assert [options["recompute"] for options in whole] == [True] * 8
     assert list(model.state_dict()) == keys and repr(model) == printed
     assert isinstance(first_mlp(model), LlamaMLP) and type(first_mlp(model)) is not LlamaMLP
     unfuse(model)
@@ -346,15 +355,7 @@ def test_training_stays_the_same() -> None:
         model = family("Llama", torch.float32, target_modules=TARGETS)
         if memory:
             fuse(model, strict=True, memory=memory)  # type: ignore[arg-type]
-        optimiser = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], lr=1e-3)
-        losses = []
-        for _ in range(10):
-            optimiser.zero_grad()
-            loss = model(input_ids=ids, labels=ids).loss
-            loss.backward()
-            optimiser.step()
-            losses.append(loss.item())
-        ends.append(torch.tensor(losses))
+        ends.append(losses(model, ids))
     assert ends[0][-1] < ends[0][0]
     torch.testing.assert_close(ends[1], ends[0], rtol=1e-4, atol=1e-4)
     torch.testing.assert_close(ends[2], ends[1], rtol=0, atol=0)

@@ -24,7 +24,7 @@ from mbf.ops import draw_seed, dropout_mask
 from mbf.ops.philox import keep_scale
 from mbf.peft import FusedLinear
 
-from .helpers import add, assert_as_accurate, llama, lora, randomise, results, swapped, tokens, took
+from .helpers import add, assert_as_accurate, llama, lora, randomise, results, swapped, tokens, took, widen_adapter
 
 
 def compare(layer: Any, x: Tensor, dy: Tensor | None = None) -> None:
@@ -116,8 +116,7 @@ def test_dtype_of_base_and_adapter(dtype: torch.dtype) -> None:
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
 def test_fp32_adapter_on_a_half_base(dtype: torch.dtype) -> None:
     layer = lora(dtype=dtype)
-    layer.lora_A.float()
-    layer.lora_B.float()
+    widen_adapter(layer)
     compare(layer, torch.randn(33, 15).to(dtype))
 
 
@@ -436,8 +435,7 @@ def test_tensor_subclass_as_base_weight_is_run_by_the_base_layer() -> None:
 
 def test_casting_disabled_with_two_dtypes() -> None:
     layer = lora(dtype=torch.bfloat16)
-    layer.lora_A.float()
-    layer.lora_B.float()
+    widen_adapter(layer)
     layer.cast_input_dtype_enabled = False
     fused, x = swapped(layer), torch.randn(5, 15).bfloat16()
     with took("slow", 1), pytest.raises(RuntimeError, match="dtype"):
@@ -482,9 +480,7 @@ def test_model_in_bfloat16_with_default_casting_trains_alike() -> None:
     ids = tokens()
     exact = copy.deepcopy(model).double()(input_ids=ids, labels=ids).loss
     model.base_model.model.bfloat16()
-    for name, parameter in model.named_parameters():
-        if "lora_" in name:
-            parameter.data = parameter.data.float()
+    widen_adapter(model)
     stock = model(input_ids=ids, labels=ids)
     mbf.peft.fuse(model, strict=True)
     with took("fast", 14):

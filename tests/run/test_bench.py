@@ -11,7 +11,7 @@ from typer.testing import CliRunner
 
 from mbf.cli.app import app
 from mbf.cli.errors import FAILURE, USER
-from mbf.ops import lora_linear, native_status
+from mbf.ops import draw_seed, lora_linear, native_status
 from mbf.run.bench import RANKS, Case, bench
 from mbf.run.bench import _cases as cases
 
@@ -97,8 +97,53 @@ def test_a_wrong_layer_has_no_ratio(monkeypatch: pytest.MonkeyPatch, planted: An
     assert names <= set(re.findall(r"p=0\.1 .*: not timed: (\w+) is off", result.stderr))
 
 
+def wrong_with_dropout(*args: Any, **kwargs: Any) -> torch.Tensor:
+    return lora_linear(*args, **kwargs) * (1.00001 if kwargs["dropout_p"] else 1)
+
+
+def nothing_dropped(*args: Any, **kwargs: Any) -> torch.Tensor:
+    return lora_linear(*args, **kwargs | {"dropout_p": 0.0})
+
+
+def another_probability(*args: Any, **kwargs: Any) -> torch.Tensor:
+    return lora_linear(*args, **kwargs | {"dropout_p": 1.1 * kwargs["dropout_p"]})
+
+
+def mask_of_another_seed(*args: Any, **kwargs: Any) -> torch.Tensor:
+    return lora_linear(*args, **kwargs, seed=3)
+
+
+@pytest.mark.parametrize("planted", [wrong_with_dropout, nothing_dropped, another_probability, mask_of_another_seed])
+def test_dropout_is_judged(monkeypatch: pytest.MonkeyPatch, planted: Any) -> None:
+    monkeypatch.setattr("mbf.peft.linear.lora_linear", planted)
+    without, dropped = bench(shapes=["16x24"], rank=4, tokens=8, rounds=2).rows
+    assert without.case.p == 0 and without.problems == () and without.milliseconds
+    assert dropped.case.p == 0.1 and dropped.milliseconds == {}
+    assert {"y", "dx", "dA", "dB"} <= {what.split()[0] for what in dropped.problems}
+
+
+def test_a_mask_that_stays_is_seen(monkeypatch: pytest.MonkeyPatch) -> None:
+    seeds: list[torch.Tensor] = []
+
+    def first_seed(*args: Any, **kwargs: Any) -> torch.Tensor:
+        seeds.append(draw_seed("cpu"))
+        return lora_linear(*args, **kwargs, seed=seeds[0])
+
+    monkeypatch.setattr("mbf.peft.linear.lora_linear", first_seed)
+    (row,) = bench(shapes=["16x24"], ps=[0.1], rank=4, tokens=8, rounds=2).rows
+    (problem,) = row.problems
+    assert problem.startswith("in a second forward, y is off by")
+
+
+@pytest.mark.parametrize("dtype", ["fp32", "bf16"])
+@pytest.mark.parametrize("p", [1e-5, 0.5, 0.999])
+def test_masks_of_few_elements_are_right(p: float, dtype: str) -> None:
+    """All of x may be dropped, or nothing of it twice in a row."""
+    assert bench(shapes=["3x2", "65x24"], ps=[p], rank=2, tokens=1, rounds=1, dtype=dtype).correct
+
+
 def test_a_layer_left_to_peft_has_no_ratio(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("mbf.run.bench.fuse", lambda layer: None)
+    monkeypatch.setattr("mbf.run.layers.fuse", lambda layer: None)
     report = bench(shapes=["16x24"], ps=[0.0], tokens=8, rounds=2)
     assert not report.correct
     assert [(row.milliseconds, row.problems) for row in report.rows] == [({}, ("the layer was left to PEFT",))]

@@ -8,6 +8,7 @@
 namespace mbf::cpu {
 namespace {
 
+constexpr int64_t kRowsAtOnce = 32;    // of W, on as many pages, for one row of dy
 constexpr int64_t kWidened = 1 << 19;  // elements of W that are widened at once: 2 MiB of fp32
 
 float* floats(const Tensor& tensor) { return static_cast<float*>(tensor.mutable_data_ptr()); }
@@ -84,6 +85,12 @@ bool on_amx(const Tensor& out, const Tensor& left, const Tensor& right, const Ma
   return true;
 }
 
+// Whether the kernels of the branch can read W's rows, as they do those of its packed factors: whole vectors.
+bool like_packed(const Tensor& weight) {
+  return weight.scalar_type() == ScalarType::Float && weight.stride(1) == 1 &&
+         weight.size(1) % micro<float>().lanes == 0;
+}
+
 }  // namespace
 
 bool must_widen(ScalarType type) {
@@ -122,6 +129,10 @@ std::vector<Layer> readable(const std::vector<Layer>& layers, ScalarType type) {
 
 void base_product(const Tensor& y, const Tensor& x, const Tensor& weight, const MaybeTensor& bias, By threads) {
   if (on_amx(y, x, transposed(weight), bias, false, threads)) return;
+  if (threads == By::kThis && y.size(0) == 1 && !bias && like_packed(weight)) {
+    micro<float>().project(rows_in(x), 1, x.size(1), floats(weight), weight.stride(0), y.size(1), {}, floats(y));
+    return;
+  }
   if (bias) {
     addmm_out(y, *bias, x, transposed(weight));
   } else {
@@ -131,6 +142,13 @@ void base_product(const Tensor& y, const Tensor& x, const Tensor& weight, const 
 
 void base_gradient(const Tensor& dx, const Tensor& dy, const Tensor& weight, bool add, By threads) {
   if (on_amx(dx, dy, weight, std::nullopt, add, threads)) return;
+  if (threads == By::kThis && dx.size(0) == 1 && like_packed(weight)) {
+    for (int64_t n = 0; n < dy.size(1); n += kRowsAtOnce) {
+      micro<float>().expand(rows_in(dx), 1, dx.size(1), floats(dy) + n, std::min(kRowsAtOnce, dy.size(1) - n),
+                            floats(weight) + n * weight.stride(0), weight.stride(0), {}, add || n > 0);
+    }
+    return;
+  }
   if (add) {
     addmm_out(dx, dx, dy, weight);
   } else {

@@ -8,6 +8,7 @@
 
 #include <vector>
 
+#include "grid.h"
 #include "micro.h"
 #include "torch.h"
 
@@ -90,17 +91,6 @@ class Branch {
 template <typename C>
 void project_all(const std::vector<Branch<C>>& branches, Rows x, int64_t first, int64_t rows,
                  const std::vector<Tensor>& hs, const std::vector<C*>& zs);
-
-// The chunks of rows and columns that an activation matrix is worked through in.
-struct Grid {
-  Grid(int64_t rows, int64_t columns, int64_t depth);  // depth: products that an element takes
-
-  int64_t tiles() const { return row_chunks * column_chunks; }
-  int64_t row(int64_t chunk) const { return rows * chunk / row_chunks; }
-  int64_t column(int64_t chunk) const;
-
-  int64_t rows, columns, row_chunks, column_chunks;
-};
 
 // The backward pass of members that share x.
 template <typename C>

@@ -19,5 +19,5 @@ using torch::headeronly::Half;
 #define MBF_TILE_ROWS 4
 #define MBF_TILE_VECTORS 3
 #define MBF_DOT_RANKS 4
-#include "micro_impl.h"
+#include "micro/table.h"
 #endif

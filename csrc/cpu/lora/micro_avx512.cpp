@@ -22,5 +22,5 @@ using torch::headeronly::Half;
 #define MBF_TILE_ROWS 8
 #define MBF_TILE_VECTORS 3
 #define MBF_DOT_RANKS 8
-#include "micro_impl.h"
+#include "micro/table.h"
 #endif

@@ -15,4 +15,4 @@ using torch::headeronly::Half;
 #define MBF_TILE_ROWS 4
 #define MBF_TILE_VECTORS 2
 #define MBF_DOT_RANKS 4
-#include "micro_impl.h"
+#include "micro/table.h"

@@ -7,6 +7,7 @@
 #include <vector>
 
 #include "branch.h"
+#include "grid.h"
 #include "layers.h"
 
 namespace mbf::cpu {

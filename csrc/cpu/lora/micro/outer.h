@@ -1,0 +1,34 @@
+// g (+)= zᵀ drop(x): the product over rows, the mask on the rows of x.
+#pragma once
+
+#include "product.h"
+
+namespace mbf::cpu::MBF_ISA {
+namespace {
+
+template <typename C, typename T>
+void outer_rows(const T* x, int64_t ldx, int64_t rows, int64_t columns, const C* z, int64_t r, Mask mask, C* g,
+                int64_t ldg, bool add) {
+  if (mask.bits == nullptr) {
+    product<C, T, C, Masked::kNothing>(r, columns, rows, z, 1, r, x, ldx, g, ldg, mask, add);
+    return;
+  }
+  if (!copies((r + MBF_TILE_ROWS - 1) / MBF_TILE_ROWS)) {
+    product<C, T, C, Masked::kFactor>(r, columns, rows, z, 1, r, x, ldx, g, ldg, mask, add);
+    return;
+  }
+  constexpr int64_t kRows = 48, kColumns = MBF_TILE_VECTORS * kLanes<C>;
+  alignas(64) C kept[kRows * kColumns];
+  for (int64_t i = 0; i < columns; i += kColumns) {
+    const int64_t width = columns - i < kColumns ? columns - i : kColumns;
+    for (int64_t t = 0; t < rows; t += kRows) {
+      const int64_t some = rows - t < kRows ? rows - t : kRows;
+      copy_kept<C, T>(x + t * ldx + i, ldx, some, width, {mask.bits, mask.first + t * mask.ld + i, mask.ld}, kept,
+                      kColumns);
+      product<C, C, C, Masked::kNothing>(r, width, some, z + t * r, 1, r, kept, kColumns, g + i, ldg, {}, add || t > 0);
+    }
+  }
+}
+
+}  // namespace
+}  // namespace mbf::cpu::MBF_ISA

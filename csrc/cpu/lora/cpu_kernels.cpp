@@ -1,8 +1,8 @@
 // cpu_kernels: which of the kernels' variants this processor runs, in words.
 
-#include "kernels.h"
-#include "lora/amx.h"
-#include "lora/micro.h"
+#include "../kernels.h"
+#include "amx.h"
+#include "micro.h"
 
 namespace mbf::cpu {
 

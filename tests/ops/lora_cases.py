@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 
 FORMS = ("plain", "rank gate", "sample gate", "token gate", "row gate", "scalar gate", "mix", "merged", "everything")
+LAYOUTS = ("packed", "unaligned", "padded rows", "columns", "every other column")
 SEED = 20_240_607
 
 
@@ -44,6 +45,29 @@ def operands(
         case["merged_B"] = normal(d_out, r, std=r**-0.5)
         case["merge_weight"] = torch.tensor(0.37, dtype=torch.float64)
     return case
+
+
+def laid_out(matrix: Tensor, layout: str) -> Tensor:
+    """The same matrix, elsewhere in memory: one of ``LAYOUTS``. What lies between its elements is NaN."""
+    rows, columns = matrix.shape
+    gap = matrix.new_full((rows, columns), torch.nan)
+    if layout == "unaligned":
+        found = torch.cat([gap.flatten()[:1], matrix.flatten()])[1:].view(rows, columns)
+    elif layout == "padded rows":
+        found = torch.cat([matrix, gap[:, :1]], 1)[:, :columns]
+    elif layout == "columns":
+        found = matrix.t().contiguous().t()
+    elif layout == "every other column":
+        found = torch.stack([matrix, gap], 2)[:, :, 0]
+    else:
+        found = matrix
+    assert torch.equal(found, matrix)
+    return found
+
+
+def with_weight(function: Any, weight: Tensor) -> Any:
+    """``function`` of a case without weight, on this one as it lies; ``tracked`` would pack it."""
+    return lambda x, A, B, **terms: function(x, weight.to(x.dtype), A, B, **terms)
 
 
 def tracked(case: dict[str, Any], to: torch.dtype | None = None) -> dict[str, Any]:

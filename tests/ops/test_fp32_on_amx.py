@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from mbf.ops import lora_linear, lora_linear_ref, native_status
-from tests.ops.lora_cases import SEED, check_error_rule, gradients, operands, tracked
+from tests.ops.lora_cases import LAYOUTS, SEED, check_error_rule, gradients, laid_out, operands, tracked, with_weight
 
 KERNELS = native_status().kernels
 pytestmark = pytest.mark.skipif(
@@ -59,21 +59,14 @@ def test_sums_of_integers_are_exact(rows: int, size: int) -> None:
 
 
 @pytest.mark.parametrize("bias", [True, False])
-@pytest.mark.parametrize("layout", ["rows", "columns", "padded", "every other column"])
+@pytest.mark.parametrize("layout", LAYOUTS)
 @pytest.mark.parametrize(("rows", "d_in", "d_out"), [(64, 64, 64), (431, 500, 63), (257, 100, 1200), (70, 1300, 65)])
 def test_error_rule(rows: int, d_in: int, d_out: int, layout: str, bias: bool) -> None:
     case = operands("plain", (rows,), d_in, d_out, 5, torch.float32)
-    weight = case["weight"]
-    if layout == "columns":
-        weight = weight.t().contiguous().t()
-    elif layout == "padded":
-        weight = torch.cat([weight, torch.full((d_out, 9), torch.nan)], 1)[:, :d_in]
-    elif layout == "every other column":
-        weight = torch.stack([weight, torch.full_like(weight, torch.nan)], 2)[:, :, 0]
-    case["weight"] = weight
-    if not bias:
-        case["bias"] = None
-    check_error_rule(lora_linear, lora_linear_ref, case, scale=1.3, dropout_p=0.1, seed=SEED)
+    weight = laid_out(case.pop("weight"), layout)
+    case["bias"] = case["bias"] if bias else None
+    both = (with_weight(function, weight) for function in (lora_linear, lora_linear_ref))
+    check_error_rule(*both, case, scale=1.3, dropout_p=0.1, seed=SEED)
 
 
 def test_as_accurate_as_blas() -> None:

@@ -15,7 +15,18 @@ from torch.nn import functional as F
 
 from mbf import ops
 from mbf.ops import lora_linear, lora_linear_ref
-from tests.ops.lora_cases import FORMS, SEED, assert_accurate, check_error_rule, gradients, operands, tracked
+from tests.ops.lora_cases import (
+    FORMS,
+    LAYOUTS,
+    SEED,
+    assert_accurate,
+    check_error_rule,
+    gradients,
+    laid_out,
+    operands,
+    tracked,
+    with_weight,
+)
 
 DTYPES = {
     "fp32": (torch.float32, torch.float32),
@@ -421,6 +432,17 @@ def test_error_rule_at_drawn_shapes(
     case = operands(form, (rows,), d_in, d_out, r, *DTYPES[dtypes])
     terms = {"scale": 1.3, "dropout_p": dropout_p, "seed": SEED if dropout_p else None}
     check_error_rule(lora_linear, lora_linear_ref, case, **terms)
+
+
+@pytest.mark.parametrize("layout", LAYOUTS)
+@pytest.mark.parametrize(("rows", "d_in", "d_out"), [(1, 64, 1), (1, 128, 63), (1, 640, 900), (1, 70, 33), (9, 96, 40)])
+def test_weights_wherever_they_lie(rows: int, d_in: int, d_out: int, layout: str) -> None:
+    """One row goes through W without BLAS where W's rows are whole vectors side by side."""
+    case = operands("plain", (rows,), d_in, d_out, 5, torch.float32)
+    weight = laid_out(case.pop("weight"), layout)
+    for bias in (case.pop("bias"), None):
+        both = (with_weight(function, weight) for function in (lora_linear, lora_linear_ref))
+        check_error_rule(*both, case | {"bias": bias}, dropout_p=0.3, seed=SEED)
 
 
 @native

@@ -2,6 +2,7 @@
 
 #include <algorithm>
 
+#include "base_product.h"
 #include "passes.h"
 
 namespace mbf::cpu {

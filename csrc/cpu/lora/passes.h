@@ -16,8 +16,6 @@ namespace mbf::cpu {
 bool must_widen(ScalarType type);
 // Whether the base product of this type is left to one call of torch for all rows.
 bool in_one_call(ScalarType type);
-// Whether a base product y [m, n] of depth k, or its derivative, has the same bits however it is cut.
-bool cuts_freely(ScalarType type, int64_t m, int64_t n, int64_t k);
 
 // The layers with rows of W that can be widened one by one, if activations of `type` make that necessary.
 std::vector<Layer> readable(const std::vector<Layer>& layers, ScalarType type);
@@ -54,12 +52,6 @@ void backward_tile(const std::vector<Layer>& layers, BranchBackward<C>& branches
                    int64_t column_chunk, const std::vector<MaybeTensor>& dys, const MaybeTensor& x,
                    const MaybeTensor& dx, bool base);
 
-// Who computes a product: the calling thread, which has a tile to itself, or all threads.
-enum class By { kThis, kAll };
-
-// y = x Wᵀ + b and dx (+)= dy W.
-void base_product(const Tensor& y, const Tensor& x, const Tensor& weight, const MaybeTensor& bias, By threads);
-void base_gradient(const Tensor& dx, const Tensor& dy, const Tensor& weight, bool add, By threads);
 void clear(const Tensor& tensor);
 
 }  // namespace mbf::cpu

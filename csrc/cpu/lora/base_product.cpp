@@ -1,0 +1,100 @@
+#include "base_product.h"
+
+#include <algorithm>
+
+#include "amx.h"
+#include "micro.h"
+
+namespace mbf::cpu {
+namespace {
+
+constexpr int64_t kRowsAtOnce = 32;  // of W, on as many pages, for one row of dy
+
+float* floats(const Tensor& tensor) { return static_cast<float*>(tensor.mutable_data_ptr()); }
+
+Rows row_of(const Tensor& matrix) { return {matrix.mutable_data_ptr(), matrix.scalar_type(), matrix.stride(0)}; }
+
+// Pieces of a product that the threads share: enough of them that none waits long for the last.
+struct Pieces {
+  Pieces(int64_t rows, int64_t columns) : down((rows + 255) / 256) {
+    const int64_t wanted = 3 * static_cast<int64_t>(torch::stable::get_num_threads());
+    across = std::clamp<int64_t>((wanted + down - 1) / down, 1, std::max<int64_t>(1, columns / 128));
+  }
+  int64_t down, across;
+};
+
+// out (+)= left right on the processor's tiles of bf16; false where they are of no use.
+bool on_amx(const Tensor& out, const Tensor& left, const Tensor& right, const MaybeTensor& bias, bool add, By threads) {
+  const int64_t m = out.size(0), n = out.size(1), k = left.size(1), ld = out.stride(0);
+  if (out.scalar_type() != ScalarType::Float || !amx::worthwhile(m, n, k)) return false;
+  if (left.stride(1) != 1 || (right.stride(0) != 1 && right.stride(1) != 1)) return false;
+  const amx::Strided rows{floats(left), left.stride(0), 1}, columns{floats(right), right.stride(0), right.stride(1)};
+  const auto piece = [&](int64_t t, int64_t t_end, int64_t i, int64_t i_end) {
+    float* to = floats(out) + t * ld + i;
+    if (bias) {
+      const float* from = floats(*bias);
+      const int64_t step = bias->stride(0);
+      for (int64_t row = 0; row < t_end - t; ++row) {
+        for (int64_t column = i; column < i_end; ++column) to[row * ld + column - i] = from[column * step];
+      }
+    }
+    amx::multiply(to, ld, t_end - t, i_end - i, k, {rows.data + t * rows.row, rows.row, 1},
+                  {columns.data + i * columns.column, columns.row, columns.column}, add || bias);
+  };
+  if (threads == By::kThis) {
+    piece(0, m, 0, n);
+    return true;
+  }
+  const Pieces pieces(m, n);
+  torch::stable::parallel_for(0, pieces.down * pieces.across, 1, [&](int64_t begin, int64_t end) {
+    for (int64_t p = begin; p < end; ++p) {
+      const int64_t down = p / pieces.across, across = p % pieces.across;
+      piece(m * down / pieces.down, m * (down + 1) / pieces.down, n * across / pieces.across / 32 * 32,
+            across + 1 == pieces.across ? n : n * (across + 1) / pieces.across / 32 * 32);
+    }
+  });
+  return true;
+}
+
+// Whether the kernels of the branch can read W's rows, as they do those of its packed factors: whole vectors.
+bool like_packed(const Tensor& weight) {
+  return weight.scalar_type() == ScalarType::Float && weight.stride(1) == 1 &&
+         weight.size(1) % micro<float>().lanes == 0;
+}
+
+}  // namespace
+
+bool cuts_freely(ScalarType type, int64_t m, int64_t n, int64_t k) {
+  return type == ScalarType::Float && amx::worthwhile(m, n, k) && amx::worthwhile(m, k, n);
+}
+
+void base_product(const Tensor& y, const Tensor& x, const Tensor& weight, const MaybeTensor& bias, By threads) {
+  if (on_amx(y, x, transposed(weight), bias, false, threads)) return;
+  if (threads == By::kThis && y.size(0) == 1 && !bias && like_packed(weight)) {
+    micro<float>().project(row_of(x), 1, x.size(1), floats(weight), weight.stride(0), y.size(1), {}, floats(y));
+    return;
+  }
+  if (bias) {
+    addmm_out(y, *bias, x, transposed(weight));
+  } else {
+    mm_out(y, x, transposed(weight));
+  }
+}
+
+void base_gradient(const Tensor& dx, const Tensor& dy, const Tensor& weight, bool add, By threads) {
+  if (on_amx(dx, dy, weight, std::nullopt, add, threads)) return;
+  if (threads == By::kThis && dx.size(0) == 1 && like_packed(weight)) {
+    for (int64_t n = 0; n < dy.size(1); n += kRowsAtOnce) {
+      micro<float>().expand(row_of(dx), 1, dx.size(1), floats(dy) + n, std::min(kRowsAtOnce, dy.size(1) - n),
+                            floats(weight) + n * weight.stride(0), weight.stride(0), {}, add || n > 0);
+    }
+    return;
+  }
+  if (add) {
+    addmm_out(dx, dx, dy, weight);
+  } else {
+    mm_out(dx, dy, weight);
+  }
+}
+
+}  // namespace mbf::cpu

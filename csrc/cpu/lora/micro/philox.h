@@ -28,78 +28,110 @@ MBF_INLINE uint8_t mask_byte(uint32_t key0, uint32_t key1, uint64_t block, uint3
   return static_cast<uint8_t>(byte);
 }
 
+#if MBF_BYTES >= 32
 #if MBF_BYTES == 64
-// Eight blocks, one a 64-bit lane: a product reads the low halves only, so what stands in the high ones does not
-// matter.
-MBF_INLINE void mask_8_bytes(uint32_t key0, uint32_t key1, __m512i counter, uint32_t high, __m512i threshold,
-                             uint8_t* out) {
-  const __m512i m0 = _mm512_set1_epi64(kMultiplier0), m1 = _mm512_set1_epi64(kMultiplier1);
-  __m512i c0 = counter, c1 = _mm512_set1_epi64(high), c2 = _mm512_setzero_si512(), c3 = c2;
-  MBF_UNROLL
-  for (int round = 0; round < 10; ++round) {
-    const __m512i p0 = _mm512_mul_epu32(c0, m0), p1 = _mm512_mul_epu32(c2, m1);
-    const __m512i k0 = _mm512_set1_epi64(key0), k1 = _mm512_set1_epi64(key1);
-    c0 = _mm512_ternarylogic_epi64(_mm512_srli_epi64(p1, 32), c1, k0, 0x96);
-    c2 = _mm512_ternarylogic_epi64(_mm512_srli_epi64(p0, 32), c3, k1, 0x96);
-    c1 = p1;
-    c3 = p0;
-    key0 += kStep0;
-    key1 += kStep1;
+using Words = __m512i;
+MBF_INLINE Words all(uint64_t value) { return _mm512_set1_epi64(static_cast<long long>(value)); }
+MBF_INLINE Words product(Words a, Words b) { return _mm512_mul_epu32(a, b); }
+// Shuffled, as shifts are up to the multiplier's port.
+MBF_INLINE Words high_half(Words v) { return _mm512_shuffle_epi32(v, _MM_PERM_DDBB); }
+MBF_INLINE Words exclusive_or(Words a, Words b, Words c) { return _mm512_ternarylogic_epi64(a, b, c, 0x96); }
+#else
+using Words = __m256i;
+MBF_INLINE Words all(uint64_t value) { return _mm256_set1_epi64x(static_cast<long long>(value)); }
+MBF_INLINE Words product(Words a, Words b) { return _mm256_mul_epu32(a, b); }
+MBF_INLINE Words high_half(Words v) { return _mm256_srli_epi64(v, 32); }
+MBF_INLINE Words exclusive_or(Words a, Words b, Words c) { return _mm256_xor_si256(a, _mm256_xor_si256(b, c)); }
+#endif
+
+// What all blocks of a call share: the keys of every round, and of the first two rounds what the counter's low word
+// does not reach, as the third and fourth words begin as zero.
+struct Schedule {
+  uint64_t keys[10][2];
+  uint64_t second, third;  // round 1: key ^ high half of the product of c0; that product
+
+  Schedule(uint64_t seed, uint32_t high) {
+    uint32_t key0 = static_cast<uint32_t>(seed), key1 = static_cast<uint32_t>(seed >> 32);
+    for (int round = 0; round < 10; ++round, key0 += kStep0, key1 += kStep1) {
+      keys[round][0] = key0;
+      keys[round][1] = key1;
+    }
+    third = uint64_t{kMultiplier0} * (high ^ static_cast<uint32_t>(keys[0][0]));
+    second = (third >> 32) ^ keys[1][1];
   }
-  const __m512i low = _mm512_set1_epi64(0xffffffff);
-  const __m512i a = _mm512_or_si512(_mm512_and_si512(c0, low), _mm512_slli_epi64(c1, 32));
-  const __m512i b = _mm512_or_si512(_mm512_and_si512(c2, low), _mm512_slli_epi64(c3, 32));
+};
+
+// One block a 64-bit lane: a product reads the low halves only, so what stands in the high ones does not matter.
+// Several vectors at once, as each waits for its own products.
+template <int several>
+MBF_INLINE void rounds(const Schedule& schedule, const Words (&counter)[several], Words (&c)[several][4]) {
+  const Words m0 = all(kMultiplier0), m1 = all(kMultiplier1);
+  MBF_UNROLL
+  for (int n = 0; n < several; ++n) {
+    const Words p0 = product(counter[n], m0);
+    const Words p1 = product(high_half(p0) ^ all(schedule.keys[0][1]), m1);
+    c[n][0] = high_half(p1) ^ all(schedule.keys[1][0]);
+    c[n][1] = p1;
+    c[n][2] = p0 ^ all(schedule.second);
+    c[n][3] = all(schedule.third);
+  }
+  MBF_UNROLL
+  for (int round = 2; round < 10; ++round) {
+    MBF_UNROLL
+    for (int n = 0; n < several; ++n) {
+      const Words p0 = product(c[n][0], m0), p1 = product(c[n][2], m1);
+      c[n][0] = exclusive_or(high_half(p1), c[n][1], all(schedule.keys[round][0]));
+      c[n][2] = exclusive_or(high_half(p0), c[n][3], all(schedule.keys[round][1]));
+      c[n][1] = p1;
+      c[n][3] = p0;
+    }
+  }
+}
+
+// Which half-words reach the threshold: a bit each, eight a lane, in order.
+MBF_INLINE void compare(const Words (&c)[4], Words threshold, uint8_t* out) {
+#if MBF_BYTES == 64
+  const __m512i low = all(0xffffffff);
+  const __m512i a = _mm512_or_si512(_mm512_and_si512(c[0], low), _mm512_slli_epi64(c[1], 32));
+  const __m512i b = _mm512_or_si512(_mm512_and_si512(c[2], low), _mm512_slli_epi64(c[3], 32));
   const __m512i first = _mm512_permutex2var_epi64(a, _mm512_setr_epi64(0, 8, 1, 9, 2, 10, 3, 11), b);
   const __m512i second = _mm512_permutex2var_epi64(a, _mm512_setr_epi64(4, 12, 5, 13, 6, 14, 7, 15), b);
   const uint32_t bits[2] = {_mm512_cmpge_epu16_mask(first, threshold), _mm512_cmpge_epu16_mask(second, threshold)};
   __builtin_memcpy(out, bits, 8);
-}
-#elif MBF_BYTES == 32
-// Four blocks, one a 64-bit lane, as above.
-MBF_INLINE void mask_4_bytes(uint32_t key0, uint32_t key1, __m256i counter, uint32_t high, __m256i threshold,
-                             uint8_t* out) {
-  const __m256i m0 = _mm256_set1_epi64x(kMultiplier0), m1 = _mm256_set1_epi64x(kMultiplier1);
-  __m256i c0 = counter, c1 = _mm256_set1_epi64x(high), c2 = _mm256_setzero_si256(), c3 = c2;
-  MBF_UNROLL
-  for (int round = 0; round < 10; ++round) {
-    const __m256i p0 = _mm256_mul_epu32(c0, m0), p1 = _mm256_mul_epu32(c2, m1);
-    const __m256i k0 = _mm256_set1_epi64x(key0), k1 = _mm256_set1_epi64x(key1);
-    c0 = _mm256_xor_si256(_mm256_srli_epi64(p1, 32), _mm256_xor_si256(c1, k0));
-    c2 = _mm256_xor_si256(_mm256_srli_epi64(p0, 32), _mm256_xor_si256(c3, k1));
-    c1 = p1;
-    c3 = p0;
-    key0 += kStep0;
-    key1 += kStep1;
-  }
-  const __m256i a = _mm256_blend_epi32(c0, _mm256_slli_epi64(c1, 32), 0xaa);
-  const __m256i b = _mm256_blend_epi32(c2, _mm256_slli_epi64(c3, 32), 0xaa);
+#else
+  const __m256i a = _mm256_blend_epi32(c[0], _mm256_slli_epi64(c[1], 32), 0xaa);
+  const __m256i b = _mm256_blend_epi32(c[2], _mm256_slli_epi64(c[3], 32), 0xaa);
   const __m256i even = _mm256_unpacklo_epi64(a, b), odd = _mm256_unpackhi_epi64(a, b);
   const __m256i kept_even = _mm256_cmpeq_epi16(_mm256_max_epu16(even, threshold), even);
   const __m256i kept_odd = _mm256_cmpeq_epi16(_mm256_max_epu16(odd, threshold), odd);
   const int bits = _mm256_movemask_epi8(_mm256_packs_epi16(kept_even, kept_odd));
   __builtin_memcpy(out, &bits, 4);
+#endif
 }
 #endif
 
 void mask_bits(uint64_t seed, uint32_t threshold, uint64_t first, int64_t blocks, uint8_t* bits) {
-  const uint32_t key0 = static_cast<uint32_t>(seed), key1 = static_cast<uint32_t>(seed >> 32);
   int64_t n = 0;
 #if MBF_BYTES >= 32
-  constexpr int kStep = MBF_BYTES / 8;
-  for (; n + kStep <= blocks; n += kStep) {
-    const uint64_t block = first + n;
-    if (static_cast<uint32_t>(block) > UINT32_MAX - kStep) break;  // the counter's high word would change within a step
-    const int64_t low = static_cast<uint32_t>(block);
-    const uint32_t high = static_cast<uint32_t>(block >> 32);
+  constexpr int kLanes64 = MBF_BYTES / 8, kSeveral = MBF_BYTES == 64 ? 4 : 3, kStep = kSeveral * kLanes64;
+  const Schedule schedule(seed, static_cast<uint32_t>(first >> 32));
 #if MBF_BYTES == 64
-    const __m512i counter = _mm512_add_epi64(_mm512_set1_epi64(low), _mm512_setr_epi64(0, 1, 2, 3, 4, 5, 6, 7));
-    mask_8_bytes(key0, key1, counter, high, _mm512_set1_epi16(static_cast<short>(threshold)), bits + n);
+  const Words order = _mm512_setr_epi64(0, 1, 2, 3, 4, 5, 6, 7);
+  const Words reached = _mm512_set1_epi16(static_cast<short>(threshold));
 #else
-    const __m256i counter = _mm256_add_epi64(_mm256_set1_epi64x(low), _mm256_setr_epi64x(0, 1, 2, 3));
-    mask_4_bytes(key0, key1, counter, high, _mm256_set1_epi16(static_cast<short>(threshold)), bits + n);
+  const Words order = _mm256_setr_epi64x(0, 1, 2, 3), reached = _mm256_set1_epi16(static_cast<short>(threshold));
 #endif
+  const uint64_t before_carry = UINT32_MAX - static_cast<uint32_t>(first);  // then the counter's high word changes
+  for (; n + kStep <= blocks && static_cast<uint64_t>(n) + kStep <= before_carry; n += kStep) {
+    Words counter[kSeveral], c[kSeveral][4];
+    MBF_UNROLL
+    for (int k = 0; k < kSeveral; ++k) counter[k] = all(first + n + k * kLanes64) + order;
+    rounds<kSeveral>(schedule, counter, c);
+    MBF_UNROLL
+    for (int k = 0; k < kSeveral; ++k) compare(c[k], reached, bits + n + k * kLanes64);
   }
 #endif
+  const uint32_t key0 = static_cast<uint32_t>(seed), key1 = static_cast<uint32_t>(seed >> 32);
   for (; n < blocks; ++n) bits[n] = mask_byte(key0, key1, first + n, threshold);
 }
 

@@ -21,6 +21,9 @@ std::string cpu_kernels();
 
 Tensor dropout_mask(Tensor seed, std::vector<int64_t> shape, double p);
 
+Tensor frozen_linear(Tensor x, Tensor weight, MaybeTensor bias);
+Tensor frozen_linear_backward(Tensor dy, Tensor weight);
+
 void merge_(Tensors merged, Tensors finetuned, Tensor weight);
 
 std::tuple<Tensor, Tensor> lora_linear(Tensor x, Tensor weight, MaybeTensor bias, Tensor A, Tensor B, double scale,

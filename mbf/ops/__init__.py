@@ -2,6 +2,7 @@
 
 from mbf.ops._library import native_status, use_backend
 from mbf.ops.basis import orthonormal_rows, orthonormal_rows_ref
+from mbf.ops.frozen_linear import frozen_linear, frozen_linear_ref
 from mbf.ops.lora_accumulate import lora_accumulate, lora_accumulate_ref
 from mbf.ops.lora_group import GroupLayer, lora_group, lora_group_ref
 from mbf.ops.lora_linear import LoraTerms, lora_linear, lora_linear_ref
@@ -15,6 +16,8 @@ __all__ = [
     "LoraTerms",
     "draw_seed",
     "dropout_mask",
+    "frozen_linear",
+    "frozen_linear_ref",
     "lora_accumulate",
     "lora_accumulate_ref",
     "lora_group",

@@ -15,15 +15,13 @@ row, because it costs a product and a mask to make again; drop(x) is made again 
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Iterable, Sequence
 from typing import Any
 
 import torch
 from torch import Tensor
-from torch.autograd.function import once_differentiable
 from torch.nn import functional as F
 
-from mbf.ops._library import LIBRARY
 from mbf.ops._operands import Branch
 from mbf.ops.philox import drop, keep_mask
 
@@ -183,57 +181,3 @@ def spread(gradients: Sequence[Tensor | None]) -> tuple[Tensor | None, ...]:
     """Put None where scale, dropout_p and seed stand among the inputs."""
     *lead, A, B, gate, mix, merged_B, weight = gradients
     return (*lead, A, B, None, gate, mix, None, None, merged_B, weight)
-
-
-def differentiable(
-    name: str, setup_context: Callable[..., None], backward: Callable[..., Any]
-) -> Callable[..., Tensor]:
-    """Give operator ``mbf::name`` its autograd formula, and return the function by which its face enters.
-
-    Graphs (torch.compile, torch.export) hold the operator, differentiated through ``register_autograd``. Eager mode
-    enters through a Function of the same two functions, as the Python between the registered formula and its operator
-    costs a small layer more than its products do. h, the operator's second output, is only there to be saved.
-
-    Args:
-        name: of an operator that returns y and h.
-        setup_context: called with ctx, the operator's inputs and its outputs.
-        backward: called with ctx and y's gradient, and in graphs with h's, which is None.
-    """
-    operator = getattr(torch.ops.mbf, name).default
-    differentiable_once = once_differentiable(backward)
-
-    def setup_in_graph(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:
-        ctx.mark_non_differentiable(output[1])
-        setup_context(ctx, inputs, output)
-
-    torch.library.register_autograd(f"mbf::{name}", differentiable_once, setup_context=setup_in_graph, lib=LIBRARY)
-
-    def eager_forward(ctx: Any, *inputs: Any) -> Tensor:
-        with torch._C._AutoDispatchBelowAutograd():
-            outputs = operator(*inputs)
-        setup_context(ctx, inputs, outputs)
-        return outputs[0]
-
-    def eager_backward(ctx: Any, dy: Tensor | None) -> Any:
-        # The guard against a second derivative costs as much as the rest of the Python here.
-        return differentiable_once(ctx, dy) if torch.is_grad_enabled() else backward(ctx, dy)
-
-    function: Any = type(
-        name,
-        (torch.autograd.Function,),
-        {"forward": staticmethod(eager_forward), "backward": staticmethod(eager_backward)},
-    )
-    # Function.apply serves torch.func's transforms, and looks at every input for it, before it calls this.
-    apply: Callable[..., Tensor] = super(torch.autograd.Function, function).apply
-
-    def enter(*inputs: Any) -> Tensor:
-        if torch.compiler.is_compiling():
-            return operator(*inputs)[0]
-        if not torch.is_grad_enabled():
-            with torch._C._AutoDispatchBelowAutograd():
-                return operator(*inputs)[0]
-        if torch._C._are_functorch_transforms_active():
-            return function.apply(*inputs)
-        return apply(*inputs)
-
-    return enter

@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 
 from mbf.ops import _branch
+from mbf.ops._autograd import differentiable
 from mbf.ops._library import define, reference_only
 from mbf.ops._operands import SCHEMA, Branch, autocast_to, autocasts, prepare
 from mbf.ops.philox import dropout
@@ -97,7 +98,7 @@ def _autograd_backward(ctx: Any, dy: Tensor | None, _: Tensor | None = None) -> 
 
 
 _backward_operator = torch.ops.mbf.lora_accumulate_backward.default
-_enter = _branch.differentiable("lora_accumulate", _setup_context, _autograd_backward)
+_enter = differentiable("lora_accumulate", _setup_context, _autograd_backward)
 
 
 # -- the face ----------------------------------------------------------------------------------------------------------

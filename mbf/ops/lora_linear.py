@@ -9,6 +9,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from mbf.ops import _branch
+from mbf.ops._autograd import differentiable
 from mbf.ops._library import define, reference_only
 from mbf.ops._operands import SCHEMA, Branch, autocast_to, autocasts, prepare
 from mbf.ops.lora_accumulate import lora_accumulate_ref
@@ -96,7 +97,7 @@ define(
     _backward_fake,
 )
 _backward_operator = torch.ops.mbf.lora_linear_backward.default
-_enter = _branch.differentiable("lora_linear", _setup_context, _autograd_backward)
+_enter = differentiable("lora_linear", _setup_context, _autograd_backward)
 
 
 # -- the face ----------------------------------------------------------------------------------------------------------

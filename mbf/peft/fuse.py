@@ -4,12 +4,15 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from contextlib import contextmanager
+from dataclasses import replace
 from typing import Any, Literal
 
 from peft.tuners.lora.layer import Linear, LoraLayer, MultiheadAttention
+from peft.tuners.tuners_utils import BaseTunerLayer
 from torch import nn
 
 from mbf.peft.eligibility import layer_reason, plain_weight
+from mbf.peft.frozen import LINEARS, FrozenLinear, worth_swapping
 from mbf.peft.groups import ATTENTIONS, MLPS, SharedAttention, SharedInput, listed, plain_class, swap, swap_back
 from mbf.peft.linear import FusedLinear
 from mbf.peft.mlp import LAYERS, FusedMlp, activation_of, computes_the_formula
@@ -35,6 +38,10 @@ def fuse(model: nn.Module, *, strict: bool = False, memory: Memory = "default") 
     whole (gate and up together where it cannot be). The modules around them get a class that differs from their own in
     the forward only. A call that cannot be computed in a group is computed layer by layer: hooks on one of the layers,
     several active adapters, a base weight that trains, torch.compile.
+
+    Where this machine's torch is slow at products of the model's dtype (bf16 and fp16 on a CPU without instructions for
+    them, fp32 on one with AMX), the model's other linear layers that don't train, such as ``lm_head``, become
+    ``FrozenLinear`` and compute by ``mbf.ops.frozen_linear``.
 
     Args:
         model: any module with LoRA layers of PEFT in it.
@@ -71,7 +78,10 @@ def fuse(model: nn.Module, *, strict: bool = False, memory: Memory = "default") 
     for name in report.fused:
         layers[name].__class__ = FusedLinear
         layers[name].__dict__.pop("_borrowed", None)
-    return _group(model, report, memory)
+    frozen = _others(model) if report.fused else {}
+    for layer in frozen.values():
+        layer.__class__ = FrozenLinear
+    return replace(_group(model, report, memory), frozen=tuple(frozen))
 
 
 def unfuse(model: nn.Module) -> None:
@@ -82,12 +92,15 @@ def unfuse(model: nn.Module) -> None:
     for module in model.modules():
         if isinstance(module, SharedInput):
             _ungroup(module)
+        elif type(module) is FrozenLinear:
+            _thaw(module)
 
 
 @contextmanager
 def fused(model: nn.Module, *, strict: bool = False, memory: Memory = "default") -> Iterator[FuseReport]:
     """``fuse`` for the length of a block; what was fused and grouped before it is so again after it."""
     before = {id(layer) for layer in _lora_layers(model).values() if type(layer) is FusedLinear and not layer._borrowed}
+    plain = [module for module in model.modules() if type(module) is nn.Linear]
     around = [(module, type(module), module.__dict__.get("_recompute")) for module in _around(model).values()]
     report = fuse(model, strict=strict, memory=memory)
     swapped = [layer for name, layer in _lora_layers(model).items() if name in report.fused and id(layer) not in before]
@@ -96,15 +109,28 @@ def fused(model: nn.Module, *, strict: bool = False, memory: Memory = "default")
     finally:
         for layer in swapped:
             layer.release()
-        for module, kind, recompute in around:
-            module.__class__ = kind
-            module.__dict__.pop("_recompute", None)
+        for module in plain:
+            if type(module) is FrozenLinear:
+                _thaw(module)
+        for outer, kind, recompute in around:
+            outer.__class__ = kind
+            outer.__dict__.pop("_recompute", None)
             if recompute is not None:
-                module.__dict__["_recompute"] = recompute
+                outer.__dict__["_recompute"] = recompute
 
 
 def _lora_layers(model: nn.Module) -> dict[str, Any]:
     return {name: module for name, module in model.named_modules() if isinstance(module, LoraLayer)}
+
+
+def _thaw(layer: nn.Module) -> None:
+    layer.__class__ = nn.Linear
+
+
+def _others(model: nn.Module) -> dict[str, nn.Module]:
+    """The linear layers outside of PEFT's that are worth another class."""
+    within = {id(part) for layer in model.modules() if isinstance(layer, BaseTunerLayer) for part in layer.modules()}
+    return {name: m for name, m in model.named_modules() if id(m) not in within and worth_swapping(m)}
 
 
 # -- groups ------------------------------------------------------------------------------------------------------------
@@ -148,7 +174,7 @@ def _groupable(layer: nn.Module | None) -> bool:
         return False
     base: Any = layer.base_layer
     weight = plain_weight(base)
-    return type(base) is nn.Linear and weight is not None and not any(p.requires_grad for p in base.parameters())
+    return type(base) in LINEARS and weight is not None and not any(p.requires_grad for p in base.parameters())
 
 
 def _whole(mlp: nn.Module) -> bool:

@@ -12,6 +12,7 @@ from torch import Tensor, nn
 
 from mbf.ops import GroupLayer, LoraTerms, lora_accumulate, lora_linear
 from mbf.peft.eligibility import PLAIN, _watched, call_reason, plain_weight
+from mbf.peft.frozen import LINEARS
 from mbf.peft.groups import shared_output
 
 calls: Counter[str] = Counter(fast=0, slow=0)
@@ -180,7 +181,7 @@ class FusedLinear(Linear):
 
 def _plain_linear(base: nn.Module, x: Tensor) -> bool:
     """Whether ``base`` is exactly ``x Wᵀ + b`` on ordinary tensors in x's dtype, which ``lora_linear`` computes."""
-    if type(base) is not nn.Linear:
+    if type(base) not in LINEARS:
         return False
     weight = plain_weight(base)
     if weight is None or weight.dtype is not x.dtype:

@@ -18,12 +18,14 @@ class FuseReport:
         shared: the modules some of whose fused layers read one input and are computed together, each with these layers'
             names in it, such as q_proj, k_proj, v_proj.
         mlps: the MLPs that are computed whole.
+        frozen: the linear layers without adapter that compute by mbf, too, as torch is slow at them on this machine.
     """
 
     fused: tuple[str, ...]
     declined: dict[str, str]
     shared: dict[str, tuple[str, ...]] = field(default_factory=dict)
     mlps: tuple[str, ...] = ()
+    frozen: tuple[str, ...] = ()
 
     def __str__(self) -> str:
         """A line of counts, one line a kind of group, then one line a reason; each with the names that it concerns."""
@@ -32,6 +34,8 @@ class FuseReport:
             lines.append(f"  {len(names)} x {', '.join(layers)} computed together ({_some(names)})")
         if self.mlps:
             lines.append(f"  {len(self.mlps)} x MLP computed whole ({_some(self.mlps)})")
+        if self.frozen:
+            lines.append(f"  {len(self.frozen)} x frozen linear layer without adapter ({_some(self.frozen)})")
         for reason, names in _by_value(self.declined.items()).items():
             lines.append(f"  {len(names)} left to PEFT: {reason} ({_some(names)})")
         return "\n".join(lines)

@@ -76,6 +76,7 @@ void Branch<C>::pack_A() {
 // s B̂ᵀ, with B̂ = B₀ + λ (B − B₀) interpolated on the way.
 template <typename C>
 void Branch<C>::pack_B() {
+  if (r_ == 0) return;
   e_ = Scratch<C>(r_ * lde_);
   const C scale = static_cast<C>(operands_.scale), lambda = static_cast<C>(lambda_);
   const auto read = [&](const Tensor& tensor, int64_t first, int64_t rows, C* to) {

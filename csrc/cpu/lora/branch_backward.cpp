@@ -35,6 +35,7 @@ void BranchBackward<C>::read_dy(int64_t chunk, const std::vector<Rows>& dys, con
   const int64_t parts = parts_of(to - from, kBlockRows), size = (to - from + parts - 1) / parts;
   int64_t widest = 0;
   for (const auto& branch : branches_) widest = std::max(widest, branch.r_);
+  if (widest == 0) return;
   Scratch<C> h(size * widest), u(size * widest), z(size * widest), dz(size * widest);
 
   for (int64_t t = from; t < to; t += size) {
@@ -104,7 +105,7 @@ void BranchBackward<C>::visit(int64_t row_chunk, int64_t column_chunk, Rows x, R
     const int64_t rows = std::min(size, to - t);
     bool add_dx = add;
     for (size_t n = 0; n < branches_.size(); ++n) {
-      if (!sums_[n].used || !(need_dx_ || asked_[n].A)) continue;
+      if (!sums_[n].used || !(need_dx_ || asked_[n].A) || (branches_[n].r_ == 0 && add_dx)) continue;
       const Branch<C>& branch = branches_[n];
       const int64_t r = branch.r_;
       const C* dh = sums_[n].dh.get() + t * r;

@@ -58,7 +58,7 @@ void Branch<C>::project(int64_t first, int64_t rows, Rows x, C* h, C* z, std::ve
 
 template <typename C>
 void Branch<C>::expand(Rows y, int64_t rows, int64_t column, int64_t columns, const C* z) const {
-  micro_.expand(y, rows, columns, z, r_, e_.get() + column, lde_, {}, true);
+  if (r_ > 0) micro_.expand(y, rows, columns, z, r_, e_.get() + column, lde_, {}, true);
 }
 
 template <typename C>
@@ -66,6 +66,7 @@ void project_all(const std::vector<Branch<C>>& branches, Rows x, int64_t first, 
                  const std::vector<Tensor>& hs, const std::vector<C*>& zs) {
   int64_t widest = 0;
   for (const Branch<C>& branch : branches) widest = std::max(widest, branch.rank());
+  if (widest == 0) return;
   const int64_t parts = parts_of(rows, kBlockRows), size = (rows + parts - 1) / parts;
   Scratch<C> h(size * widest);
   std::vector<uint8_t> bits;

@@ -23,7 +23,7 @@ Grid::Grid(int64_t rows, int64_t columns, int64_t depth) : rows(rows), columns(c
 
 int64_t Grid::column(int64_t chunk) const {
   if (chunk == column_chunks) return columns;
-  return columns * chunk / column_chunks / 64 * 64;  // panels of the packed operands stay aligned
+  return columns * chunk / column_chunks / 32 * 32;  // panels of the packed operands stay aligned
 }
 
 }  // namespace mbf::cpu

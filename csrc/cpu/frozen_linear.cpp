@@ -1,0 +1,38 @@
+// frozen_linear and its backward: y = x Wᵀ + b and dx = dy W, the fused layer with a branch of rank 0.
+
+#include "kernels.h"
+#include "lora/layers.h"
+
+namespace mbf::cpu {
+namespace {
+
+Layer without_branch(const Tensor& weight, const MaybeTensor& bias) {
+  const ScalarType type = weight.scalar_type() == ScalarType::Double ? ScalarType::Double : ScalarType::Float;
+  Operands none{};
+  none.A = empty({0, weight.size(1)}, type);
+  none.B = empty({weight.size(0), 0}, type);
+  return {weight, bias, none};
+}
+
+}  // namespace
+
+Tensor frozen_linear(Tensor x, Tensor weight, MaybeTensor bias) {
+  if (x.dim() == 1) {
+    const Tensor y = frozen_linear(torch::stable::view(x, {1, x.size(0)}), weight, bias);
+    return torch::stable::view(y, {weight.size(0)});
+  }
+  return forward(x, {without_branch(weight, bias)}).ys[0];
+}
+
+Tensor frozen_linear_backward(Tensor dy, Tensor weight) {
+  if (dy.dim() == 1) {
+    return torch::stable::view(frozen_linear_backward(torch::stable::view(dy, {1, dy.size(0)}), weight),
+                               {weight.size(1)});
+  }
+  const Layer layer = without_branch(weight, std::nullopt);
+  std::vector<int64_t> shape = shape_of(dy);
+  shape.back() = 0;
+  return *backward({dy}, {empty(shape, layer.branch.A.scalar_type())}, std::nullopt, {layer}, true, {Asked{}}).dx;
+}
+
+}  // namespace mbf::cpu

@@ -1,6 +1,6 @@
 """The picture of the README: time over the frozen layer and over the frozen model's step, by variant.
 
-Run: ``python bench/plot.py bench/results/lora_linear.csv bench/results/llama_step.csv``, on what ``lora_linear.py`` and
+Run: ``python bench/plot.py bench/results/{lora_linear,llama_step,llama_step_30}.csv``, on what ``lora_linear.py`` and
 ``llama_step.py`` wrote with ``--csv``. Every row of the files is drawn, those that mbf loses included; a point is a
 ratio of medians (forward and backward together), a line around it the quartiles.
 """
@@ -29,7 +29,7 @@ LOOKS = {
     "mbf": ("#0072B2", "o", "mbf"),
     "mbf-low": ("#56B4E9", "P", "mbf, low memory"),
 }
-TICKS = (1, 1.1, 1.2, 1.3, 1.5, 1.75, 2, 2.5, 3, 4, 5, 6, 8, 10, 15, 20, 30)
+TICKS = (0.5, 0.75, 0.9, 1, 1.1, 1.2, 1.3, 1.5, 1.75, 2, 2.5, 3, 4, 5, 6, 8, 10, 15, 20, 30)
 ROW, TOP, GAP, BOTTOM, LEFT, RIGHT, BETWEEN, WIDTH = 0.34, 1.16, 0.5, 0.62, 2.6, 0.55, 0.7, 10.0  # inches
 
 
@@ -135,12 +135,16 @@ def fill(
 
 
 def spread(limits: tuple[float, float]) -> list[float]:
-    """The ticks within the limits that are far enough apart for their labels."""
+    """1 and, to both sides of it, the ticks within the limits that are far enough apart for their labels."""
     low, high = limits
-    chosen: list[float] = []
-    for tick in TICKS:
-        if low <= tick <= high and (not chosen or tick / chosen[-1] > (high / low) ** 0.11):
+    apart = (high / low) ** 0.11
+    chosen = [1.0]
+    for tick in (t for t in TICKS if 1 < t <= high):
+        if tick / chosen[-1] > apart:
             chosen.append(tick)
+    for tick in (t for t in reversed(TICKS) if low <= t < 1):
+        if chosen[0] / tick > apart:
+            chosen.insert(0, tick)
     return chosen
 
 
@@ -173,7 +177,7 @@ def main() -> None:
     for source in args.csv:
         header, rows = read_csv(source)
         found += points("one layer, d_in×d_out" if "shape" in rows[0] else "training step, Llama", rows)
-        keys = ("cpu", "simd", "threads", "torch", "peft", "mbf", "commit")
+        keys = ("cpu", "kernels", "threads", "torch", "peft", "mbf", "commit")
         caption = " · ".join(f"{key} {header[key]}" if key != "cpu" else header[key] for key in keys if key in header)
     FigureCanvasAgg(draw(found, caption)).print_png(args.out, metadata={"Software": "mbf"})
 

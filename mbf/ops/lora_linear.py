@@ -128,9 +128,9 @@ def lora_linear(
     but the seed. Kept for backward are x (only if A or weight needs a gradient), ``drop(x) Aᵀ`` and the operands.
 
     On a CPU with AMX the base product of fp32, from 64 rows on, is made on its bf16 tiles of three bf16 parts a number,
-    with an error below that of BLAS. What is infinite comes out as NaN there,
-    and parts of a number below 2⁻¹²⁶ count as zero. ``native_status().kernels`` says whether it is so here, and
-    ``ONEDNN_MAX_CPU_ISA=AVX512_CORE`` in the environment has BLAS make it.
+    with an error below that of BLAS. What is infinite comes out as NaN there, and parts of a number below 2⁻¹²⁶ count
+    as zero. ``native_status().kernels`` says whether it is so here, and ``ONEDNN_MAX_CPU_ISA=AVX512_CORE`` in the
+    environment has BLAS make it.
 
     Args:
         x: ``[..., d_in]``, of any strides, 1-D and empty ones included.

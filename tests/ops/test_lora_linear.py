@@ -447,7 +447,9 @@ def test_weights_wherever_they_lie(rows: int, d_in: int, d_out: int, layout: str
 
 @native
 @pytest.mark.parametrize("dtypes", ["fp32", "fp32 on bf16"])
-@pytest.mark.parametrize(("rows", "d_in", "d_out"), [(1100, 200, 72), (600, 72, 200), (20, 640, 900), (1, 500, 63)])
+@pytest.mark.parametrize(
+    ("rows", "d_in", "d_out"), [(1100, 200, 72), (600, 72, 200), (20, 640, 900), (1, 640, 900), (1, 500, 63)]
+)
 def test_same_bits_for_every_number_of_threads(rows: int, d_in: int, d_out: int, dtypes: str) -> None:
     case = operands("everything", (rows,), d_in, d_out, 8, *DTYPES[dtypes])
     dy = torch.randn(rows, d_out).to(case["x"].dtype)

@@ -3,6 +3,7 @@
 #include <algorithm>
 
 #include "amx.h"
+#include "grid.h"
 #include "micro.h"
 
 namespace mbf::cpu {
@@ -56,13 +57,40 @@ bool on_amx(const Tensor& out, const Tensor& left, const Tensor& right, const Ma
   return true;
 }
 
-// Whether the kernels of the branch can read W's rows, as they do those of its packed factors: whole vectors.
-bool like_packed(const Tensor& weight) {
-  return weight.scalar_type() == ScalarType::Float && weight.stride(1) == 1 &&
-         weight.size(1) % micro<float>().lanes == 0;
+// The rows of W are cut as the columns of y are in forward: each thread finds in its cache what it read there.
+void one_row_gradient(const Tensor& dx, const Tensor& dy, const Tensor& weight, bool add, By threads) {
+  const int64_t columns = dx.size(1), ldw = weight.stride(0);
+  const Grid grid(1, dy.size(1), columns);
+  const int64_t parts = grid.column_chunks;
+  const Scratch<float> sums(parts * columns);
+  const auto sum = [&](int64_t begin, int64_t end) {
+    for (int64_t part = begin; part < end; ++part) {
+      const int64_t first = grid.column(part), last = grid.column(part + 1);
+      const Rows to{sums.get() + part * columns, ScalarType::Float, columns};
+      for (int64_t n = first; n < last; n += kRowsAtOnce) {
+        micro<float>().expand(to, 1, columns, floats(dy) + n, std::min(kRowsAtOnce, last - n), floats(weight) + n * ldw,
+                              ldw, {}, n > first);
+      }
+    }
+  };
+  if (threads == By::kAll) {
+    torch::stable::parallel_for(0, parts, 1, sum);
+  } else {
+    sum(0, parts);
+  }
+  float* to = floats(dx);
+  for (int64_t part = 0; part < parts; ++part) {
+    const float* from = sums.get() + part * columns;
+    for (int64_t i = 0; i < columns; ++i) to[i] = add || part > 0 ? to[i] + from[i] : from[i];
+  }
 }
 
 }  // namespace
+
+bool is_one_row(int64_t rows, const Tensor& weight) {
+  return rows == 1 && weight.scalar_type() == ScalarType::Float && weight.stride(1) == 1 &&
+         weight.size(1) % micro<float>().lanes == 0;
+}
 
 bool cuts_freely(ScalarType type, int64_t m, int64_t n, int64_t k) {
   return type == ScalarType::Float && amx::worthwhile(m, n, k) && amx::worthwhile(m, k, n);
@@ -70,7 +98,7 @@ bool cuts_freely(ScalarType type, int64_t m, int64_t n, int64_t k) {
 
 void base_product(const Tensor& y, const Tensor& x, const Tensor& weight, const MaybeTensor& bias, By threads) {
   if (on_amx(y, x, transposed(weight), bias, false, threads)) return;
-  if (threads == By::kThis && y.size(0) == 1 && !bias && like_packed(weight)) {
+  if (threads == By::kThis && !bias && is_one_row(y.size(0), weight)) {
     micro<float>().project(row_of(x), 1, x.size(1), floats(weight), weight.stride(0), y.size(1), {}, floats(y));
     return;
   }
@@ -83,13 +111,7 @@ void base_product(const Tensor& y, const Tensor& x, const Tensor& weight, const 
 
 void base_gradient(const Tensor& dx, const Tensor& dy, const Tensor& weight, bool add, By threads) {
   if (on_amx(dx, dy, weight, std::nullopt, add, threads)) return;
-  if (threads == By::kThis && dx.size(0) == 1 && like_packed(weight)) {
-    for (int64_t n = 0; n < dy.size(1); n += kRowsAtOnce) {
-      micro<float>().expand(row_of(dx), 1, dx.size(1), floats(dy) + n, std::min(kRowsAtOnce, dy.size(1) - n),
-                            floats(weight) + n * weight.stride(0), weight.stride(0), {}, add || n > 0);
-    }
-    return;
-  }
+  if (is_one_row(dx.size(0), weight)) return one_row_gradient(dx, dy, weight, add, threads);
   if (add) {
     addmm_out(dx, dx, dy, weight);
   } else {

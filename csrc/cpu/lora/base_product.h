@@ -9,6 +9,10 @@ namespace mbf::cpu {
 // Whether a base product y [m, n] of depth k, or its derivative, has the same bits however it is cut.
 bool cuts_freely(ScalarType type, int64_t m, int64_t n, int64_t k);
 
+// Whether the one row goes through W by the kernels of the branch, which read W as they do their packed factors: fp32,
+// in rows of whole vectors.
+bool is_one_row(int64_t rows, const Tensor& weight);
+
 // Who computes a product: the calling thread, which has a tile to itself, or all threads.
 enum class By { kThis, kAll };
 

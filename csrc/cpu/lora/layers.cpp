@@ -68,7 +68,10 @@ template <typename C>
 void backward_rows(const std::vector<MaybeTensor>& dys, const std::vector<Tensor>& hs, const MaybeTensor& x,
                    const std::vector<Layer>& layers, const MaybeTensor& dx, BranchBackward<C>& branches) {
   const Grid& grid = branches.grid();
-  const bool whole = dx && whole_base(dx->scalar_type(), grid.rows, layers, grid.tiles());
+  const bool one_row = dx && std::all_of(layers.begin(), layers.end(), [&](const Layer& layer) {
+                         return dx->scalar_type() == ScalarType::Float && is_one_row(grid.rows, layer.weight);
+                       });
+  const bool whole = one_row || (dx && whole_base(dx->scalar_type(), grid.rows, layers, grid.tiles()));
   parallel_for(0, grid.row_chunks, 1, [&](int64_t begin, int64_t end) {
     for (int64_t chunk = begin; chunk < end; ++chunk) {
       std::vector<Rows> here;
@@ -85,7 +88,7 @@ void backward_rows(const std::vector<MaybeTensor>& dys, const std::vector<Tensor
     }
     if (!add) clear(*dx);
   }
-  parallel_for(0, grid.tiles(), 1, [&](int64_t begin, int64_t end) {
+  parallel_for(0, grid.tiles(), one_row ? grid.tiles() : 1, [&](int64_t begin, int64_t end) {
     const NoGrad no_grad;
     for (int64_t tile = begin; tile < end; ++tile) {
       const int64_t chunk = tile / grid.column_chunks;

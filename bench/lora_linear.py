@@ -3,7 +3,8 @@
 Peers, on the same W, x, dy, A and B: ``frozen``, the layer without adapter (forward and dX), the floor; ``peft``,
 PEFT's lora.Linear; ``peft-nocast``, the same with ``autocast_adapter_dtype=False`` (bf16 only: in fp32 it is ``peft``);
 ``in-place``, three in-place torch calls with a hand-written backward and a stored mask, A and B in x's dtype;
-``peft-compiled`` with ``--compile``; ``mbf``, PEFT's layer after ``mbf.fuse``. W is frozen, x needs a gradient.
+``peft-compiled`` with ``--compile``; ``mbf``, PEFT's layer after ``mbf.fuse``; and beside halves that the processor
+cannot multiply ``mbf-fp32``, the same on fp32 operands of its own. W is frozen, x needs a gradient.
 Run: ``python bench/lora_linear.py --claims``; without a choice of rows, a sweep of the shapes of SmolLM2 and Llama 3.
 
 Printed are medians of one call in microseconds, with quartiles in the CSV; ``over frozen`` is the ratio of medians,
@@ -21,6 +22,7 @@ import sys
 import tempfile
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
+from dataclasses import replace
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -29,6 +31,7 @@ from common import BOTH_P, AddRow, quartiles, run_script, script_parser, table
 from torch import Tensor
 from torch.nn import functional as F
 
+from mbf.ops import native_status
 from mbf.run.bench import Samples, sample, timed
 from mbf.run.layers import (
     SCALE,
@@ -125,7 +128,11 @@ def build(case: Case, given: Operands, compiled: bool) -> dict[str, Variant]:
         torch.compiler.reset()
         layer = peft_layer(given, case.p)
         variants["peft-compiled"] = Variant(torch.compile(layer.run, dynamic=False), layer.factors)
-    return {**variants, "in-place": in_place_layer(given, case.p), "mbf": fused_layer(given, case.p)}
+    variants |= {"in-place": in_place_layer(given, case.p), "mbf": fused_layer(given, case.p)}
+    if case.dtype != "fp32" and case.dtype not in native_status().kernels:
+        wide = draw(replace(case, dtype="fp32"))
+        variants["mbf-fp32"] = fused_layer(wide, case.p)._replace(given=wide)
+    return variants
 
 
 def check(variants: dict[str, Variant], given: Operands, p: float) -> list[str]:

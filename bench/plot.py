@@ -27,6 +27,7 @@ LOOKS = {
     "peft-compiled": ("#CC79A7", "v", "PEFT, compiled"),
     "in-place": ("#7d8590", "^", "in-place torch"),
     "mbf": ("#0072B2", "o", "mbf"),
+    "mbf-fp32": ("#009E73", "X", "mbf in fp32"),
     "mbf-low": ("#56B4E9", "P", "mbf, low memory"),
 }
 TICKS = (0.5, 0.75, 0.9, 1, 1.1, 1.2, 1.3, 1.5, 1.75, 2, 2.5, 3, 4, 5, 6, 8, 10, 15, 20, 30)

@@ -201,6 +201,7 @@ def sample(variants: Mapping[str, Variant], given: Operands, rounds: int, budget
 def timed(variant: Variant, given: Operands, repeats: int) -> tuple[float, ...]:
     """Seconds of one forward, one backward and both, over ``repeats`` calls."""
     forward = backward = 0.0
+    given = variant.given or given
     inputs = (given.x, *variant.factors)
     for _ in range(repeats):
         start = perf_counter()

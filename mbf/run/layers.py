@@ -83,6 +83,7 @@ def draw(case: Case) -> Operands:
 class Variant(NamedTuple):
     run: Callable[[Tensor], Tensor]
     factors: tuple[Tensor, ...]  # A and B, or nothing
+    given: Operands | None = None  # its own x and dy, where they are not those of the case
 
 
 def frozen_layer(given: Operands) -> Variant:

@@ -1,8 +1,8 @@
 // Frozen linear layers with their branches: y = x Wᵀ + b + branch, for one layer or for several that read the same x.
 //
-// The base product is torch's BLAS, called by every thread for tiles of its own (Grid in grid.h): on tiles of 256
-// rows it is as fast as on all rows at once (on 64 it is a fifth slower), the tile is still in the core's cache when
-// the branch is added to it, and as no tile depends on the number of threads, neither do the bits. Half types that the
+// The base product (base_product.h) is made by every thread for tiles of its own (Grid in grid.h): on tiles of 256 rows
+// BLAS is as fast as on all rows at once (on 64 it is a fifth slower), the tile is still in the core's cache when the
+// branch is added to it, and as no tile depends on the number of threads, neither do the bits. Half types that the
 // processor multiplies natively go through torch's oneDNN in one call. Half types that it cannot multiply are widened
 // into fp32 scratch tile by tile, in both directions; the branch is added there and the result rounded once.
 #pragma once

@@ -10,6 +10,7 @@ from torch.nn import functional as F
 
 from mbf.ops._autograd import differentiable
 from mbf.ops._library import define, native_status, reference_only
+from mbf.ops._operands import autocast_to, autocasts
 
 
 def frozen_linear_ref(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
@@ -56,7 +57,8 @@ def frozen_linear(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tens
 
     On a CPU that cannot multiply bf16 or fp16, where torch has slow loops of its own, tiles of W are widened into the
     fp32 BLAS in both directions; on one with AMX, fp32 is multiplied on its bf16 tiles to fp32 accuracy. Elsewhere it
-    computes as torch does: ``gains`` says where. Differentiable once in x. Nothing but W is kept for backward.
+    computes as torch does: ``gains`` says where. Under ``torch.autocast`` it is in autocast's dtype.
+    Differentiable once in x. Nothing but W is kept for backward.
 
     Args:
         x: ``[..., d_in]``, of any strides.
@@ -70,6 +72,9 @@ def frozen_linear(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tens
         ValueError: a shape that does not fit, or a weight or bias that requires a gradient.
         TypeError: a dtype or device that differs from x's.
     """
+    if autocasts(x):
+        x, weight = autocast_to(x.device, x, weight)
+        (bias,) = autocast_to(x.device, bias)
     _check(x, weight, bias)
     return frozen_linear_ref(x, weight, bias) if reference_only() else _enter(x, weight, bias)
 

@@ -38,6 +38,13 @@ def _watched(module: nn.Module) -> bool:
     )
 
 
+def transformed() -> bool:
+    """Whether torch.func or forward-mode differentiation is at work, outside of graphs that torch.compile traces."""
+    return not torch.compiler.is_compiling() and (
+        torch._C._are_functorch_transforms_active() or forward_ad._current_level >= 0
+    )
+
+
 def base_reason(layer: Linear) -> str | None:
     """Why the base layer must be run by PEFT's own forward, or None."""
     if _watched(layer._modules["base_layer"]):  # type: ignore[arg-type]
@@ -81,9 +88,7 @@ def call_reason(layer: Linear, x: Tensor, active: list[str]) -> str | None:
         return f"its input is {type(x).__name__} {getattr(x, 'dtype', '')}, not an ordinary float tensor"
     if torch_module._has_any_global_hook():
         return "a global module hook is registered"
-    if not torch.compiler.is_compiling() and (
-        torch._C._are_functorch_transforms_active() or forward_ad._current_level >= 0
-    ):
+    if transformed():
         return "a torch.func transform or forward-mode differentiation is active"
     if (reason := base_reason(layer)) is not None:
         return reason

@@ -2,14 +2,12 @@
 
 from __future__ import annotations
 
-import torch
 from torch import Tensor, nn
-from torch.autograd import forward_ad
 
 from mbf.ops import frozen_linear
 from mbf.ops._operands import autocasts
 from mbf.ops.frozen_linear import gains
-from mbf.peft.eligibility import PLAIN, plain_weight
+from mbf.peft.eligibility import PLAIN, plain_weight, transformed
 
 _MANY = 1 << 20  # rows
 
@@ -35,31 +33,37 @@ LINEARS = (nn.Linear, FrozenLinear)
 """The classes that compute exactly ``x Wᵀ + b``."""
 
 
+def plain_linear(layer: nn.Module, x: Tensor) -> bool:
+    """Whether ``layer`` is exactly ``x Wᵀ + b`` on ordinary tensors in x's dtype."""
+    if type(layer) not in LINEARS:
+        return False
+    weight = plain_weight(layer)
+    if weight is None or weight.dtype is not x.dtype:
+        return False
+    bias = layer._parameters["bias"]
+    return bias is None or (type(bias) in PLAIN and bias.dtype is x.dtype)
+
+
+def trains(layer: nn.Module) -> bool:
+    """Whether a parameter of ``layer`` itself requires a gradient."""
+    return any(parameter is not None and parameter.requires_grad for parameter in layer._parameters.values())
+
+
 def worth_swapping(layer: nn.Module) -> bool:
     """Whether ``layer`` is a plain linear layer, frozen at the moment, that could compute faster on this machine."""
     if type(layer) not in LINEARS or "forward" in layer.__dict__:
         return False
     weight = plain_weight(layer)
-    if weight is None or weight.device.type != "cpu" or any(p.requires_grad for p in layer.parameters()):
-        return False
-    return gains(weight.dtype, _MANY)
+    return weight is not None and weight.device.type == "cpu" and not trains(layer) and gains(weight.dtype, _MANY)
 
 
-def _eligible(layer: nn.Linear, x: Tensor) -> bool:
+def _eligible(layer: FrozenLinear, x: Tensor) -> bool:
     if type(x) not in PLAIN or x.device.type != "cpu" or x.dim() == 0:
         return False
     width = x.shape[-1]
-    if width == 0 or not gains(x.dtype, x.numel() // width) or autocasts(x):
+    if width == 0 or not gains(x.dtype, x.numel() // width) or autocasts(x) or transformed():
         return False
-    for parameter in layer._parameters.values():
-        if parameter is None:
-            continue
-        if type(parameter) not in PLAIN or parameter.dtype is not x.dtype or parameter.requires_grad:
-            return False
-        if parameter.device != x.device:
-            return False
-    if layer._parameters["weight"].shape[1] != width:  # type: ignore[union-attr]
-        return False  # nn.Linear says it in torch's words
-    if torch.compiler.is_compiling():
-        return True
-    return not torch._C._are_functorch_transforms_active() and forward_ad._current_level < 0
+    if not plain_linear(layer, x) or trains(layer):
+        return False
+    weight = layer.weight
+    return weight.device == x.device and weight.shape[1] == width  # nn.Linear complains in torch's words

@@ -11,8 +11,8 @@ from peft.tuners.lora.layer import Linear
 from torch import Tensor, nn
 
 from mbf.ops import GroupLayer, LoraTerms, lora_accumulate, lora_linear
-from mbf.peft.eligibility import PLAIN, _watched, call_reason, plain_weight
-from mbf.peft.frozen import LINEARS
+from mbf.peft.eligibility import _watched, call_reason
+from mbf.peft.frozen import plain_linear, trains
 from mbf.peft.groups import shared_output
 
 calls: Counter[str] = Counter(fast=0, slow=0)
@@ -76,7 +76,7 @@ class FusedLinear(Linear):
         if self._borrowed and active[0] not in self.__dict__.get("_routes", {}):
             return None
         base: Any = self._modules["base_layer"]
-        return active[0] if _plain_linear(base, x) and not _trains(base) else None
+        return active[0] if plain_linear(base, x) and not trains(base) else None
 
     def group_layer(self, adapter: str) -> GroupLayer:
         """What that call computes with."""
@@ -130,7 +130,7 @@ class FusedLinear(Linear):
             if (shared := shared_output(self, x)) is not None:
                 return shared
         base: Any = self._modules["base_layer"]
-        if _plain_linear(base, x):
+        if plain_linear(base, x):
             first, *rest = active
             parameters = base._parameters
             A, B, scale, gate, mix, merged_B, merge_weight = self._terms(first, routes)
@@ -177,18 +177,3 @@ class FusedLinear(Linear):
         state = super().__getstate__()
         state.pop("_routes", None)
         return state
-
-
-def _plain_linear(base: nn.Module, x: Tensor) -> bool:
-    """Whether ``base`` is exactly ``x Wᵀ + b`` on ordinary tensors in x's dtype, which ``lora_linear`` computes."""
-    if type(base) not in LINEARS:
-        return False
-    weight = plain_weight(base)
-    if weight is None or weight.dtype is not x.dtype:
-        return False
-    bias = base._parameters["bias"]
-    return bias is None or (type(bias) in PLAIN and bias.dtype is x.dtype)
-
-
-def _trains(base: nn.Module) -> bool:
-    return any(parameter is not None and parameter.requires_grad for parameter in base._parameters.values())

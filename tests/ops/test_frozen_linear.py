@@ -105,6 +105,14 @@ def test_reference_and_no_grad() -> None:
         torch.testing.assert_close(frozen_linear(x, weight), F.linear(x, weight))
 
 
+def test_autocast() -> None:
+    x, weight, bias = torch.randn(70, 80), torch.randn(90, 80), torch.randn(90)
+    with torch.autocast("cpu", torch.bfloat16):
+        y = frozen_linear(x, weight, bias)
+    expected = frozen_linear(x.bfloat16(), weight.bfloat16(), bias.bfloat16())
+    assert y.dtype is torch.bfloat16 and torch.equal(y, expected)
+
+
 def test_compiles_in_one_graph() -> None:
     x, weight = torch.randn(70, 80, requires_grad=True), torch.randn(90, 80)
     y = torch.compile(frozen_linear, fullgraph=True, backend="aot_eager")(x, weight)

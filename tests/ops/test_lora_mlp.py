@@ -332,9 +332,10 @@ def test_errors(changed: dict[str, Any], error: type[Exception], message: str) -
 @pytest.mark.skipif(not ops.native_status().loaded, reason=f"no extension: {ops.native_status().reason}")
 @pytest.mark.parametrize("recompute", [False, True])
 @pytest.mark.parametrize("dtypes", ["fp32", "fp32 on bf16"])
-def test_same_bits_by_chunks_and_by_layers(dtypes: str, recompute: bool) -> None:
+@pytest.mark.parametrize(("rows", "d_in", "d_ff"), [(700, 70, 130), (1, 576, 640)])
+def test_same_bits_by_chunks_and_by_layers(rows: int, d_in: int, d_ff: int, dtypes: str, recompute: bool) -> None:
     """700 rows are three chunks: up to three threads take chunks through the whole MLP, four go layer by layer."""
-    flat = mlp("everything", (700,), 70, 130, *DTYPES[dtypes])
+    flat = mlp("everything", (rows,), d_in, d_ff, *DTYPES[dtypes])
     before = torch.get_num_threads()
     found = []
     try:

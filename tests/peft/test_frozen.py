@@ -155,6 +155,23 @@ def test_calls_left_to_torch(computed: list[tuple[int, ...]]) -> None:
     assert computed == [(4, 12)]
 
 
+def test_compiles_in_one_graph(computed: list[tuple[int, ...]]) -> None:
+    one, x = layer(), torch.randn(70, 12, requires_grad=True)
+    torch._dynamo.reset()
+    y = torch.compile(one, fullgraph=True, backend="aot_eager")(x)
+    torch.testing.assert_close(y, F.linear(x, one.weight, one.bias))
+    (dx,) = torch.autograd.grad(y.sum(), x)
+    torch.testing.assert_close(dx, one.weight.sum(0).expand(70, 12))
+
+
+@pytest.mark.parametrize("rows", [5, 70])
+def test_compiles_in_one_graph_by_what_gains_here(rows: int) -> None:
+    one, x = layer(), torch.randn(rows, 12)
+    torch._dynamo.reset()
+    y = torch.compile(one, fullgraph=True, backend="aot_eager")(x)
+    torch.testing.assert_close(y, F.linear(x, one.weight, one.bias))
+
+
 def test_hooks_on_the_layer_are_called(computed: list[tuple[int, ...]]) -> None:
     one, seen = layer(), []
     one.register_forward_hook(lambda module, given, y: seen.append(y.shape))

@@ -20,6 +20,12 @@ Rows as_rows(const C* data, int64_t ld) {
   return {const_cast<C*>(data), kType<C>, ld};
 }
 
+inline Rows rows_in(const Tensor& matrix) {
+  return {matrix.mutable_data_ptr(), matrix.scalar_type(), matrix.stride(0)};
+}
+
+inline float* floats(const Tensor& tensor) { return static_cast<float*>(tensor.mutable_data_ptr()); }
+
 // Whether the inner loops of C read and write this type: fp64 its own only, fp32 all but fp64.
 template <typename C>
 bool reads(ScalarType type) {

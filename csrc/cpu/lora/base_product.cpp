@@ -3,17 +3,15 @@
 #include <algorithm>
 
 #include "amx.h"
+#include "arithmetic.h"
 #include "grid.h"
 #include "micro.h"
 
 namespace mbf::cpu {
 namespace {
 
+constexpr int64_t kWork = 1 << 18;   // products that are worth a second thread
 constexpr int64_t kRowsAtOnce = 32;  // of W, on as many pages, for one row of dy
-
-float* floats(const Tensor& tensor) { return static_cast<float*>(tensor.mutable_data_ptr()); }
-
-Rows row_of(const Tensor& matrix) { return {matrix.mutable_data_ptr(), matrix.scalar_type(), matrix.stride(0)}; }
 
 // Pieces of a product that the threads share: enough of them that none waits long for the last.
 struct Pieces {
@@ -57,10 +55,11 @@ bool on_amx(const Tensor& out, const Tensor& left, const Tensor& right, const Ma
   return true;
 }
 
-// The rows of W are cut as the columns of y are in forward: each thread finds in its cache what it read there.
+// The rows of W are cut as the columns of y are in forward, where those were worth it: each thread finds in its cache
+// what it read there. How they are cut depends on nothing else, as dx may be a part of the row.
 void one_row_gradient(const Tensor& dx, const Tensor& dy, const Tensor& weight, bool add, By threads) {
   const int64_t columns = dx.size(1), ldw = weight.stride(0);
-  const Grid grid(1, dy.size(1), columns);
+  const Grid grid(1, dy.size(1), kWork);
   const int64_t parts = grid.column_chunks;
   const Scratch<float> sums(parts * columns);
   const auto sum = [&](int64_t begin, int64_t end) {
@@ -73,7 +72,7 @@ void one_row_gradient(const Tensor& dx, const Tensor& dy, const Tensor& weight, 
       }
     }
   };
-  if (threads == By::kAll) {
+  if (threads == By::kAll && dy.size(1) * columns >= kWork) {
     torch::stable::parallel_for(0, parts, 1, sum);
   } else {
     sum(0, parts);
@@ -99,7 +98,7 @@ bool cuts_freely(ScalarType type, int64_t m, int64_t n, int64_t k) {
 void base_product(const Tensor& y, const Tensor& x, const Tensor& weight, const MaybeTensor& bias, By threads) {
   if (on_amx(y, x, transposed(weight), bias, false, threads)) return;
   if (threads == By::kThis && !bias && is_one_row(y.size(0), weight)) {
-    micro<float>().project(row_of(x), 1, x.size(1), floats(weight), weight.stride(0), y.size(1), {}, floats(y));
+    micro<float>().project(rows_in(x), 1, x.size(1), floats(weight), weight.stride(0), y.size(1), {}, floats(y));
     return;
   }
   if (bias) {

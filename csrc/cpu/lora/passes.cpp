@@ -10,8 +10,6 @@ namespace {
 
 constexpr int64_t kWidened = 1 << 19;  // elements of W that are widened at once: 2 MiB of fp32
 
-float* floats(const Tensor& tensor) { return static_cast<float*>(tensor.mutable_data_ptr()); }
-
 // fp32 copy of a block of a half matrix.
 Tensor widened(const Rows& from, int64_t rows, int64_t columns) {
   const Tensor out = empty({rows, columns}, ScalarType::Float);
@@ -49,8 +47,6 @@ bool must_widen(ScalarType type) {
 }
 
 bool in_one_call(ScalarType type) { return type == ScalarType::BFloat16 || type == ScalarType::Half; }
-
-Rows rows_in(const Tensor& matrix) { return {matrix.mutable_data_ptr(), matrix.scalar_type(), matrix.stride(0)}; }
 
 Rows rows_or_none(const MaybeTensor& tensor) { return tensor ? rows_in(*tensor) : Rows{nullptr, ScalarType::Float, 0}; }
 

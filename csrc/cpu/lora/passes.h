@@ -6,6 +6,7 @@
 
 #include <vector>
 
+#include "arithmetic.h"
 #include "branch.h"
 #include "grid.h"
 #include "layers.h"
@@ -20,7 +21,6 @@ bool in_one_call(ScalarType type);
 // The layers with rows of W that can be widened one by one, if activations of `type` make that necessary.
 std::vector<Layer> readable(const std::vector<Layer>& layers, ScalarType type);
 
-Rows rows_in(const Tensor& matrix);
 Rows rows_or_none(const MaybeTensor& tensor);
 Rows part(const Rows& rows, int64_t row, int64_t column);
 Tensor block(const Tensor& matrix, int64_t row, int64_t rows, int64_t column, int64_t columns);

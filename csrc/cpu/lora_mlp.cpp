@@ -1,7 +1,8 @@
 // lora_mlp and its backward: y = down(act(gate(x)) ⊙ up(x)), three layers with branches of their own.
 //
 // A thread takes a chunk of rows through all three layers, so that g, u and a = act(g) ⊙ u are still in its cache when
-// the next layer reads them, and of a, da, dg and du there is never more than a chunk. Forward keeps g and u, or
+// the next layer reads them, and of a, da, dg and du there is never more than a chunk. Where products are shared by all
+// threads (together.h), they take a strip of rows through the layers together, likewise. Forward keeps g and u, or
 // neither where they are to be made again; a is made again in backward in any case. With fewer chunks than threads, and
 // where the base product is one call for all rows, the layers run one after the other over all rows instead; the bits
 // are the same.
@@ -13,13 +14,15 @@
 #include "kernels.h"
 #include "lora/members.h"
 #include "lora/passes.h"
+#include "lora/together.h"
 
 namespace mbf::cpu {
 namespace {
 
 using torch::stable::parallel_for;
 
-constexpr int64_t kGrain = 8192;  // elements below which a second thread costs more than it saves
+constexpr int64_t kGrain = 8192;      // elements below which a second thread costs more than it saves
+constexpr int64_t kStripRows = 1024;  // that the threads take through the layers together
 
 bool is_gelu(const std::string& activation) {
   STD_TORCH_CHECK(activation == "silu" || activation == "gelu_tanh", "lora_mlp: activation is '", activation.c_str(),
@@ -100,6 +103,12 @@ class Workspaces {
   std::atomic<size_t> next_{0};
 };
 
+Tensor like_with(const Tensor& x, int64_t columns, ScalarType type) {
+  std::vector<int64_t> shape = shape_of(x);
+  shape.back() = columns;
+  return empty(shape, type);
+}
+
 struct Mlp {
   std::vector<Layer> inner, outer;
   bool gelu;
@@ -119,6 +128,8 @@ struct Mlp {
     outer = readable(outer, type);
   }
 
+  bool together() const { return made_together(type, rows, inner) && made_together(type, rows, outer); }
+
   // Whether a thread is to take a chunk through all layers.
   bool by_chunks() const {
     const bool wide = type == ScalarType::Double;
@@ -135,23 +146,28 @@ struct Mlp {
     const Grid chunks = grid(d_ff, d_in);
     return Workspaces(count, (rows + chunks.row_chunks - 1) / chunks.row_chunks, d_ff, type);
   }
-};
 
-Tensor like_with(const Tensor& x, int64_t columns, ScalarType type) {
-  std::vector<int64_t> shape = shape_of(x);
-  shape.back() = columns;
-  return empty(shape, type);
-}
+  // y, g and u (empty if they are to be made again), and h of gate, up and down.
+  Tensors results(const Tensor& x, bool recompute) const {
+    const auto h = [&](const Layer& layer) {
+      return like_with(x, layer.branch.A.size(0), layer.branch.A.scalar_type());
+    };
+    const auto kept = [&] { return recompute ? empty({0}, type) : like_with(x, d_ff, type); };
+    return {like_with(x, d_out, type), kept(), kept(), h(inner[0]), h(inner[1]), h(outer[0])};
+  }
+  Tensors scratch(int64_t count, int64_t most_rows) const {
+    Tensors out;
+    for (int64_t n = 0; n < count; ++n) out.push_back(empty({most_rows, d_ff}, type));
+    return out;
+  }
+};
 
 // -- forward --------------------------------------------------------------------------------------------------
 
 template <typename C>
 Tensors forward_chunks(const Tensor& x, const Mlp& mlp, bool recompute) {
   const std::vector<Branch<C>> inner = branches_of<C>(mlp.inner, x), outer = branches_of<C>(mlp.outer, x);
-  const auto h = [&](const Layer& layer) { return like_with(x, layer.branch.A.size(0), layer.branch.A.scalar_type()); };
-  const auto kept = [&] { return recompute ? empty({0}, x.scalar_type()) : like_with(x, mlp.d_ff, mlp.type); };
-  const Tensors out{
-      like_with(x, mlp.d_out, mlp.type), kept(), kept(), h(mlp.inner[0]), h(mlp.inner[1]), h(mlp.outer[0])};
+  const Tensors out = mlp.results(x, recompute);
   const Tensor x_rows = rows_of(x), y_rows = rows_of(out[0]);
   const Tensors hs{rows_of(out[3]), rows_of(out[4])}, outer_hs{rows_of(out[5])};
   const std::vector<Grid> grids(2, mlp.grid(mlp.d_ff, mlp.d_in)), outer_grids{mlp.grid(mlp.d_out, mlp.d_ff)};
@@ -175,6 +191,26 @@ Tensors forward_chunks(const Tensor& x, const Mlp& mlp, bool recompute) {
   return out;
 }
 
+Tensors forward_strips(const Tensor& x, const Mlp& mlp, bool recompute) {
+  const std::vector<Branch<float>> inner = branches_of<float>(mlp.inner, x), outer = branches_of<float>(mlp.outer, x);
+  const Tensors out = mlp.results(x, recompute);
+  const Tensor x_rows = rows_of(x), y_rows = rows_of(out[0]);
+  const Tensors hs{rows_of(out[3]), rows_of(out[4])}, outer_hs{rows_of(out[5])};
+  const int64_t strips = parts_of(mlp.rows, kStripRows), size = (mlp.rows + strips - 1) / strips;
+  const Tensors own = mlp.scratch(recompute ? 2 : 1, size);
+  for (int64_t row = 0; row < mlp.rows; row += size) {
+    const int64_t n = std::min(size, mlp.rows - row);
+    const auto place = [&](const Tensor& whole, const Tensor& scratch) {
+      return recompute ? block(scratch, 0, n, 0, mlp.d_ff) : block(rows_of(whole), row, n, 0, mlp.d_ff);
+    };
+    const Tensor g = place(out[1], own[0]), u = place(out[2], own.back()), a = block(own[0], 0, n, 0, mlp.d_ff);
+    forward_together(mlp.inner, inner, row, block(x_rows, row, n, 0, mlp.d_in), {g, u}, hs);
+    gated<float>(g, u, mlp.gelu, a);
+    forward_together(mlp.outer, outer, row, a, {block(y_rows, row, n, 0, mlp.d_out)}, outer_hs);
+  }
+  return out;
+}
+
 Tensors forward_layers(const Tensor& x, const Mlp& mlp, bool recompute) {
   const LayerOutputs inner = forward(x, mlp.inner);
   const LayerOutputs outer = forward(activated(inner.ys[0], inner.ys[1], mlp.gelu), mlp.outer);
@@ -194,8 +230,8 @@ MlpGradients backward_chunks(const Tensor& dy, const Tensor& x, const MaybeTenso
   const std::vector<Branch<C>> inner = branches_of<C>(mlp.inner, x), outer = branches_of<C>(mlp.outer, x);
   const std::vector<Asked> inner_asked{asked[0], asked[1]}, outer_asked{asked[2]};
   const bool need_inner = need_dx || asked[0].any() || asked[1].any(), again = !g || !u;
-  BranchBackward<C> inner_back(inner, inner_asked, {true, true}, mlp.rows, need_dx);
-  BranchBackward<C> outer_back(outer, outer_asked, {true}, mlp.rows, need_inner);
+  BranchBackward<C> inner_back(inner, inner_asked, {true, true}, mlp.grid(mlp.d_in, mlp.d_ff), need_dx);
+  BranchBackward<C> outer_back(outer, outer_asked, {true}, mlp.grid(mlp.d_ff, mlp.d_out), need_inner);
   MlpGradients out;
   MaybeTensor dx;
   if (need_dx) {
@@ -238,6 +274,48 @@ MlpGradients backward_chunks(const Tensor& dy, const Tensor& x, const MaybeTenso
   return out;
 }
 
+MlpGradients backward_strips(const Tensor& dy, const Tensor& x, const MaybeTensor& g, const MaybeTensor& u,
+                             const Tensors& hs, const Mlp& mlp, bool need_dx, const std::vector<Asked>& asked) {
+  const std::vector<Branch<float>> inner = branches_of<float>(mlp.inner, x), outer = branches_of<float>(mlp.outer, x);
+  const std::vector<Asked> inner_asked{asked[0], asked[1]}, outer_asked{asked[2]};
+  const bool need_inner = need_dx || asked[0].any() || asked[1].any(), again = !g || !u;
+  const Grid grid = Grid::of_sums(mlp.rows, mlp.d_in);
+  BranchBackward<float> inner_back(inner, inner_asked, {true, true}, grid, need_dx);
+  BranchBackward<float> outer_back(outer, outer_asked, {true}, Grid::of_sums(mlp.rows, mlp.d_ff), need_inner);
+  MlpGradients out;
+  MaybeTensor dx;
+  if (need_dx) {
+    out.inner.dx = like_with(x, mlp.d_in, mlp.type);
+    dx = rows_of(*out.inner.dx);
+  }
+  const Tensor dy_rows = rows_of(dy), x_rows = rows_of(x);
+  // Enough chunks a strip that all threads have some.
+  const int64_t chunks = grid.row_chunks, threads = static_cast<int64_t>(torch::stable::get_num_threads());
+  const int64_t step =
+      std::clamp<int64_t>(chunks / parts_of(mlp.rows, kStripRows), std::min(4 * threads, chunks), chunks);
+  const Tensors own = mlp.scratch(again ? 4 : 2, step * parts_of(mlp.rows, chunks));
+  for (int64_t chunk = 0; chunk < chunks; chunk += step) {
+    const int64_t last = std::min(chunk + step, chunks), row = grid.row(chunk), n = grid.row(last) - row;
+    const auto scratch = [&](size_t k) { return block(own[k], 0, n, 0, mlp.d_ff); };
+    const Tensor x_block = block(x_rows, row, n, 0, mlp.d_in), dy_block = block(dy_rows, row, n, 0, mlp.d_out);
+    const Tensor g_block = again ? scratch(2) : block(rows_of(*g), row, n, 0, mlp.d_ff);
+    const Tensor u_block = again ? scratch(3) : block(rows_of(*u), row, n, 0, mlp.d_ff);
+    if (again) forward_together(mlp.inner, inner, row, x_block, {g_block, u_block}, {});
+    const Tensor a = scratch(0);
+    if (asked[2].A) gated<float>(g_block, u_block, mlp.gelu, a);
+    const MaybeTensor da = need_inner ? MaybeTensor(scratch(1)) : std::nullopt;
+    backward_together(mlp.outer, outer_back, chunk, last, {dy_block}, {hs[2]}, a, da);
+    if (!need_inner) continue;
+    const Tensor &dg = *da, &du = a;
+    gated_backward<float>(g_block, u_block, *da, mlp.gelu, dg, du);
+    const MaybeTensor dx_block = dx ? MaybeTensor(block(*dx, row, n, 0, mlp.d_in)) : std::nullopt;
+    backward_together(mlp.inner, inner_back, chunk, last, {dg, du}, {hs[0], hs[1]}, x_block, dx_block);
+  }
+  for (size_t n = 0; n < 2; ++n) out.inner.branches.push_back(inner_back.finish(n));
+  out.outer.branches.push_back(outer_back.finish(0));
+  return out;
+}
+
 MlpGradients backward_layers(const Tensor& dy, const Tensor& x, MaybeTensor g, MaybeTensor u, const Tensors& hs,
                              const Mlp& mlp, bool need_dx, const std::vector<Asked>& asked) {
   if (!g || !u) {
@@ -269,6 +347,7 @@ Tensors lora_mlp(Tensor x, Tensors weights, MaybeTensors biases, Tensors A, Tens
                  MaybeTensors merged_Bs, MaybeTensors merge_weights, std::string activation, bool recompute) {
   const Mlp mlp(x, members(weights, biases, A, B, scales, gates, mixes, dropout_ps, seeds, merged_Bs, merge_weights),
                 is_gelu(activation));
+  if (mlp.together()) return forward_strips(x, mlp, recompute);
   if (!mlp.by_chunks()) return forward_layers(x, mlp, recompute);
   return mlp.type == ScalarType::Double ? forward_chunks<double>(x, mlp, recompute)
                                         : forward_chunks<float>(x, mlp, recompute);
@@ -283,6 +362,7 @@ Tensors lora_mlp_backward(Tensor dy, Tensor x, MaybeTensor g, MaybeTensor u, Ten
                 is_gelu(activation));
   const std::vector<Asked> asked = asked_of_members(needs);
   const auto differentiate = [&] {
+    if (mlp.together()) return backward_strips(dy, x, g, u, hs, mlp, needs[0], asked);
     if (!mlp.by_chunks()) return backward_layers(dy, x, g, u, hs, mlp, needs[0], asked);
     return mlp.type == ScalarType::Double ? backward_chunks<double>(dy, x, g, u, hs, mlp, needs[0], asked)
                                           : backward_chunks<float>(dy, x, g, u, hs, mlp, needs[0], asked);

@@ -86,7 +86,7 @@ def gains(dtype: torch.dtype, rows: int) -> bool:
     """
     kernels = native_status().kernels
     if dtype is torch.float32:
-        return rows >= 64 and "AMX" in kernels
+        return rows >= 64 and ("AMX" in kernels or "own products" in kernels)
     names = {torch.bfloat16: "native bf16", torch.float16: "native fp16"}
     return rows >= 16 and bool(kernels) and dtype in names and names[dtype] not in kernels
 

@@ -145,7 +145,8 @@ def test_bad_input(given: tuple[Any, ...], error: type[Exception], message: str)
 @pytest.mark.parametrize(
     ("kernels", "fp32", "bf16", "fp16"),
     [
-        ("AVX2", False, True, True),
+        ("AVX2, own products", True, True, True),
+        ("baseline", False, True, True),
         ("AVX-512, native bf16", False, False, True),
         ("AVX-512, native bf16, native fp16, fp32 on AMX", True, False, False),
         ("", False, False, False),

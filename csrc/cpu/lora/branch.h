@@ -50,6 +50,15 @@ class Branch {
 
   // Which elements of rows `first` .. and columns `column` .. of x are kept; `bits` holds the stream.
   Mask mask(int64_t first, int64_t rows, int64_t column, int64_t columns, std::vector<uint8_t>& bits) const;
+  // The mask of all columns of the rows from `origin` on, for threads to write in turns: rows share no byte. `bits` has
+  // mask_bytes of them; none where nothing is dropped.
+  int64_t mask_bytes(int64_t rows) const { return threshold_ == 0 ? 0 : rows * mask_ld() / 8 + 16; }
+  Mask mask_at(int64_t origin, const uint8_t* bits) const;
+  void write_mask(int64_t origin, int64_t first, int64_t rows, uint8_t* bits) const;
+
+  // What tiles of y begin with.
+  TileStart<C> start(const C* z) const { return {z, r_, e_.get(), lde_, {}, nullptr, false}; }
+
   // h [rows, r] of rows of x, and z = gate ⊙ (h mixᵀ) from it.
   void project(int64_t first, int64_t rows, Rows x, C* h, C* z, std::vector<uint8_t>& bits) const;
   // y[:, column ..] += s z B̂ᵀ[:, column ..] for rows of y and z, y beginning at that column.
@@ -65,6 +74,7 @@ class Branch {
   };
   // u = h mixᵀ and z = gate ⊙ u; the scratch is left alone where there is no mix or gate.
   Routed route(int64_t first, int64_t rows, const C* h, C* scratch_u, C* scratch_z) const;
+  int64_t mask_ld() const { return d_in_ % 8 == 0 ? d_in_ : (d_in_ + 23) / 8 * 8 + d_in_ % 8; }
   int64_t gate_at(int64_t row, int64_t j) const { return (gate_rows_.empty() ? 0 : gate_rows_[row]) + j * gate_step_; }
   void pack_A();
   void pack_B();
@@ -97,9 +107,9 @@ template <typename C>
 class BranchBackward {
  public:
   BranchBackward(const std::vector<Branch<C>>& branches, const std::vector<Asked>& asked, const std::vector<bool>& used,
-                 int64_t rows, bool need_dx);
+                 const Grid& grid, bool need_dx);
 
-  // The chunks of rows that tiles of dx and x must have.
+  // The chunks of rows that tiles of dx and x must have: over x's columns.
   const Grid& grid() const { return grid_; }
 
   // First phase, for one chunk of rows: dys[n] begins at its first row, with null data if that output was not used (in
@@ -109,12 +119,19 @@ class BranchBackward {
   // tile's first row and column; dx is added to, or overwritten by the first member.
   void visit(int64_t row_chunk, int64_t column_chunk, Rows x, Rows dx, bool add);
 
+  // The second phase where the tiles of dx are made whole by gemm.h: after begin_masks for rows that hold the chunk,
+  // dA's share and the masks of a chunk, whose first row is x's; then what tiles of dx from row `first` on begin with.
+  void begin_masks(int64_t first, int64_t rows);
+  void read_x(int64_t chunk, Rows x);
+  TileStart<C> start(size_t member, int64_t first) const;
+
   BranchGradients finish(size_t member);
 
  private:
   struct Sums {
     Scratch<C> dA, dBt, dmix;  // a chunk after the other: [r, d_in], [r, d_out], [r, r]
     Scratch<C> dgate, dh;      // [rows, r]; dh times what dropout scales by
+    Scratch<uint8_t> masks;    // of rows from masks_from_ on
     bool used;
   };
 
@@ -123,6 +140,7 @@ class BranchBackward {
   bool need_dx_;
   Grid grid_;
   std::vector<Sums> sums_;
+  int64_t masks_from_ = 0;
 };
 
 }  // namespace mbf::cpu

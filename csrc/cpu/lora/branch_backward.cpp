@@ -10,13 +10,9 @@ namespace mbf::cpu {
 
 template <typename C>
 BranchBackward<C>::BranchBackward(const std::vector<Branch<C>>& branches, const std::vector<Asked>& asked,
-                                  const std::vector<bool>& used, int64_t rows, bool need_dx)
-    : branches_(branches),
-      asked_(asked),
-      need_dx_(need_dx),
-      grid_(rows, branches[0].d_in_, branches[0].d_out_),
-      sums_(branches.size()) {
-  const int64_t chunks = grid_.row_chunks;
+                                  const std::vector<bool>& used, const Grid& grid, bool need_dx)
+    : branches_(branches), asked_(asked), need_dx_(need_dx), grid_(grid), sums_(branches.size()) {
+  const int64_t chunks = grid_.row_chunks, rows = grid_.rows;
   for (size_t n = 0; n < branches.size(); ++n) {
     const Branch<C>& branch = branches[n];
     sums_[n].used = used[n];
@@ -120,6 +116,42 @@ void BranchBackward<C>::visit(int64_t row_chunk, int64_t column_chunk, Rows x, R
       }
     }
   }
+}
+
+template <typename C>
+void BranchBackward<C>::begin_masks(int64_t first, int64_t rows) {
+  masks_from_ = first;
+  for (size_t n = 0; n < branches_.size(); ++n) {
+    sums_[n].masks = Scratch<uint8_t>(sums_[n].used ? branches_[n].mask_bytes(rows) : 0);
+  }
+}
+
+template <typename C>
+void BranchBackward<C>::read_x(int64_t chunk, Rows x) {
+  const Micro<C>& inner = micro<C>();
+  const int64_t from = grid_.row(chunk), to = grid_.row(chunk + 1);
+  const int64_t parts = parts_of(to - from, kBlockRows), size = (to - from + parts - 1) / parts;
+  for (int64_t t = from; t < to; t += size) {
+    const int64_t rows = std::min(size, to - t);
+    for (size_t n = 0; n < branches_.size(); ++n) {
+      if (!sums_[n].used || branches_[n].r_ == 0 || !(need_dx_ || asked_[n].A)) continue;
+      const Branch<C>& branch = branches_[n];
+      branch.write_mask(masks_from_, t, rows, sums_[n].masks.get());
+      if (!asked_[n].A) continue;
+      Mask mask = branch.mask_at(masks_from_, sums_[n].masks.get());
+      mask.first += (t - masks_from_) * mask.ld;
+      inner.outer(x.at(t - from), rows, branch.d_in_, sums_[n].dh.get() + t * branch.r_, branch.r_, mask,
+                  sums_[n].dA.get() + chunk * branch.r_ * branch.lda_, branch.lda_, t > from);
+    }
+  }
+}
+
+template <typename C>
+TileStart<C> BranchBackward<C>::start(size_t member, int64_t first) const {
+  const Branch<C>& branch = branches_[member];
+  Mask mask = branch.mask_at(masks_from_, sums_[member].masks.get());
+  mask.first += (first - masks_from_) * mask.ld;
+  return {sums_[member].dh.get() + first * branch.r_, branch.r_, branch.a_, branch.lda_, mask, nullptr, false};
 }
 
 template <typename C>

@@ -32,6 +32,29 @@ Mask Branch<C>::mask(int64_t first, int64_t rows, int64_t column, int64_t column
 }
 
 template <typename C>
+Mask Branch<C>::mask_at(int64_t origin, const uint8_t* bits) const {
+  if (threshold_ == 0) return {};
+  return {bits, static_cast<int64_t>(static_cast<uint64_t>(origin) * d_in_ % 8), mask_ld()};
+}
+
+template <typename C>
+void Branch<C>::write_mask(int64_t origin, int64_t first, int64_t rows, uint8_t* bits) const {
+  if (threshold_ == 0) return;
+  const int64_t ld = mask_ld(), offset = mask_at(origin, bits).first;
+  const bool together = ld == d_in_;  // rows are whole bytes
+  for (int64_t t = first; t < first + rows; t += together ? rows : 1) {
+    const uint64_t element = static_cast<uint64_t>(t) * d_in_;
+    const int64_t bit = element % 8, blocks = (bit + (together ? rows : 1) * d_in_ + 7) / 8;
+    uint8_t* to = bits + (offset + (t - origin) * ld) / 8;
+    if (threshold_ >= 65536) {
+      std::fill_n(to, blocks, uint8_t{0});
+    } else {
+      micro_.mask_bits(seed_, threshold_, element / 8, blocks, to);
+    }
+  }
+}
+
+template <typename C>
 typename Branch<C>::Routed Branch<C>::route(int64_t first, int64_t rows, const C* h, C* scratch_u, C* scratch_z) const {
   const C* u = h;
   if (operands_.mix) {
@@ -84,6 +107,10 @@ void project_all(const std::vector<Branch<C>>& branches, Rows x, int64_t first, 
 
 template Mask Branch<float>::mask(int64_t, int64_t, int64_t, int64_t, std::vector<uint8_t>&) const;
 template Mask Branch<double>::mask(int64_t, int64_t, int64_t, int64_t, std::vector<uint8_t>&) const;
+template Mask Branch<float>::mask_at(int64_t, const uint8_t*) const;
+template Mask Branch<double>::mask_at(int64_t, const uint8_t*) const;
+template void Branch<float>::write_mask(int64_t, int64_t, int64_t, uint8_t*) const;
+template void Branch<double>::write_mask(int64_t, int64_t, int64_t, uint8_t*) const;
 template Branch<float>::Routed Branch<float>::route(int64_t, int64_t, const float*, float*, float*) const;
 template Branch<double>::Routed Branch<double>::route(int64_t, int64_t, const double*, double*, double*) const;
 template void Branch<float>::project(int64_t, int64_t, Rows, float*, float*, std::vector<uint8_t>&) const;

@@ -2,6 +2,7 @@
 
 #include "../kernels.h"
 #include "amx.h"
+#include "gemm.h"
 #include "micro.h"
 
 namespace mbf::cpu {
@@ -12,6 +13,7 @@ std::string cpu_kernels() {
   if (multiplies_natively(ScalarType::BFloat16)) found += ", native bf16";
   if (multiplies_natively(ScalarType::Half)) found += ", native fp16";
   if (amx::usable()) found += ", fp32 on AMX";
+  if (gemm::usable()) found += ", own products";
   return found;
 }
 

@@ -9,6 +9,8 @@ constexpr int64_t kLeastColumns = 256;   // of a tile, where it is cut so that t
 constexpr int64_t kLeastTiles = 2;       // that a matrix is cut into, if its size allows
 constexpr int64_t kLeastWork = 1 << 18;  // products that are worth a second thread
 constexpr int64_t kMostChunks = 16;      // of rows: each has partial sums of its own
+constexpr int64_t kSumRows = 128;        // of a chunk that makes sums only
+constexpr int64_t kMostSums = 32;
 
 }  // namespace
 
@@ -19,6 +21,13 @@ Grid::Grid(int64_t rows, int64_t columns, int64_t depth) : rows(rows), columns(c
     const int64_t most = std::max<int64_t>(1, columns / kLeastColumns);
     column_chunks = std::max(column_chunks, std::min(most, parts_of(kLeastTiles, row_chunks)));
   }
+}
+
+Grid Grid::of_sums(int64_t rows, int64_t columns) {
+  Grid grid(rows, columns, 0);
+  grid.row_chunks = rows == 0 ? 0 : std::clamp<int64_t>(rows / kSumRows, rows < kSumRows / 2 ? 1 : 2, kMostSums);
+  grid.column_chunks = 1;
+  return grid;
 }
 
 int64_t Grid::column(int64_t chunk) const {

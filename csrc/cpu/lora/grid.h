@@ -15,6 +15,9 @@ inline int64_t parts_of(int64_t size, int64_t most) { return std::max<int64_t>(1
 struct Grid {
   Grid(int64_t rows, int64_t columns, int64_t depth);  // depth: products that an element takes
 
+  // Chunks of rows only, finer ones: for sums beside products that are not cut by them.
+  static Grid of_sums(int64_t rows, int64_t columns);
+
   int64_t tiles() const { return row_chunks * column_chunks; }
   int64_t row(int64_t chunk) const { return rows * chunk / row_chunks; }
   int64_t column(int64_t chunk) const;

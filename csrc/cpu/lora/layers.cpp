@@ -4,6 +4,7 @@
 
 #include "base_product.h"
 #include "passes.h"
+#include "together.h"
 
 namespace mbf::cpu {
 namespace {
@@ -11,7 +12,6 @@ namespace {
 using torch::stable::parallel_for;
 
 constexpr int64_t kThreadsPerTile = 4;  // beyond it tiles would leave threads idle that BLAS itself can use
-constexpr int64_t kProjectGrain = 24;   // rows below which a second thread costs more than it saves
 
 // Whether the base product of all rows is made in one call, by all threads. Of BLAS the bits then depend on how many
 // there are, as those of torch's own linear layer do; what cuts freely is never left to fewer threads than there are.
@@ -156,7 +156,13 @@ LayerOutputs forward(const Tensor& x, const std::vector<Layer>& layers) {
     forward_rows(rows, layers, branches_of<double>(layers, x), flat);
     for (size_t n = 0; n < layers.size(); ++n) out.hs[n] = as(out.hs[n], layers[n].branch.A.scalar_type());
   } else {
-    forward_rows(rows, readable(layers, type), branches_of<float>(layers, x), flat);
+    const std::vector<Layer> all = readable(layers, type);
+    const std::vector<Branch<float>> branches = branches_of<float>(layers, x);
+    if (made_together(type, rows.size(0), all)) {
+      forward_together(all, branches, 0, rows, flat.ys, flat.hs);
+    } else {
+      forward_rows(rows, all, branches, flat);
+    }
   }
   return out;
 }
@@ -177,14 +183,21 @@ LayerGradients differentiate(const std::vector<MaybeTensor>& dys, const std::vec
 
   std::vector<bool> used;
   for (const MaybeTensor& dy : dys) used.push_back(dy.has_value());
-  BranchBackward<C> backward(branches, asked, used, rows, need_dx);
+  const int64_t d_in = layers[0].branch.A.size(1), d_out = layers[0].branch.B.size(0);
+  const bool together = sizeof(C) == 4 && made_together(like.scalar_type(), rows, layers);
+  BranchBackward<C> backward(branches, asked, used, together ? Grid::of_sums(rows, d_in) : Grid(rows, d_in, d_out),
+                             need_dx);
   LayerGradients out;
   MaybeTensor flat;
   if (need_dx) {
     out.dx = matrix_like(like, layers[0].branch.A.size(1), like.scalar_type());
     flat = rows_of(*out.dx);
   }
-  backward_rows(dy_rows, hs, x_rows, readable(layers, like.scalar_type()), flat, backward);
+  const std::vector<Layer> all = readable(layers, like.scalar_type());
+  if constexpr (sizeof(C) == 4) {
+    if (together) backward_together(all, backward, 0, backward.grid().row_chunks, dy_rows, hs, x_rows, flat);
+  }
+  if (!together) backward_rows(dy_rows, hs, x_rows, all, flat, backward);
   for (size_t n = 0; n < layers.size(); ++n) out.branches.push_back(backward.finish(n));
   return out;
 }
@@ -254,7 +267,8 @@ LayerGradients differentiate_branch(const Tensor& dy, const Tensor& h, const May
   const Tensor dy_rows = rows_of(dy);
   const MaybeTensor x_rows = x ? MaybeTensor(rows_of(*x)) : std::nullopt;
   const std::vector<Asked> all{asked};
-  BranchBackward<C> backward(branches, all, {true}, dy_rows.size(0), need_dx);
+  BranchBackward<C> backward(branches, all, {true}, Grid(dy_rows.size(0), operands.A.size(1), operands.B.size(0)),
+                             need_dx);
   LayerGradients out;
   MaybeTensor flat;
   if (need_dx) {

@@ -64,6 +64,13 @@ const Micro<C>& micro() {
 template const Micro<float>& micro<float>();
 template const Micro<double>& micro<double>();
 
+const GemmLoops* gemm_loops() {
+#if defined(__x86_64__) && defined(__GNUC__)
+  if (level() == Level::kAvx2) return &avx2::gemm_loops();
+#endif
+  return nullptr;
+}
+
 const char* instruction_set() {
   if (level() == Level::kAvx512) return "AVX-512";
   return level() == Level::kAvx2 ? "AVX2" : "baseline";

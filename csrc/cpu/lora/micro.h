@@ -54,6 +54,31 @@ struct Micro {
   void (*gated_backward)(const C* da, const C* g, const C* u, int64_t n, bool gelu, C* dg, C* du);
 };
 
+// What a tile of a product begins with, and whether it is added to the output. Pointers are to the tile's own columns.
+template <typename C>
+struct TileStart {
+  const C* z = nullptr;  // [rows, r]
+  int64_t r = 0;         // 0: no branch
+  const C* e = nullptr;  // [r, columns]
+  int64_t lde = 0;
+  Mask mask;
+  const C* bias = nullptr;
+  bool add = false;
+};
+
+// The inner loops of products of whole matrices (gemm.h).
+struct GemmLoops {
+  int64_t rows, columns;  // of a tile; right is packed in slivers of so many columns
+
+  // Columns of right [depth, columns], read by element strides, as slivers padded with zeros.
+  void (*pack)(const void* right, torch::headeronly::ScalarType type, int64_t row, int64_t column, int64_t columns,
+               int64_t depth, float* to);
+
+  // out [rows, a sliver] = start + left [rows, depth] sliver. Beyond left's last row its number of numbers is fetched.
+  void (*multiply)(const float* left, int64_t ldl, int64_t rows, const float* sliver, int64_t depth, float* out,
+                   int64_t ldo, const TileStart<float>& start);
+};
+
 namespace baseline {
 template <typename C>
 const Micro<C>& micro();
@@ -61,7 +86,8 @@ const Micro<C>& micro();
 namespace avx2 {
 template <typename C>
 const Micro<C>& micro();
-}
+const GemmLoops& gemm_loops();
+}  // namespace avx2
 namespace avx512 {
 template <typename C>
 const Micro<C>& micro();
@@ -71,7 +97,10 @@ const Micro<C>& micro();
 template <typename C>
 const Micro<C>& micro();
 
-// That table's instruction set, as it is called.
+// The loops of gemm.h for the same instruction set; null where the BLAS is left to it.
+const GemmLoops* gemm_loops();
+
+// The table's instruction set, as it is called.
 const char* instruction_set();
 
 // Whether the processor multiplies matrices of this half type itself (AVX512-BF16 or AMX; AVX512-FP16 or AMX).

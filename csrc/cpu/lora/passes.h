@@ -21,6 +21,8 @@ bool in_one_call(ScalarType type);
 // The layers with rows of W that can be widened one by one, if activations of `type` make that necessary.
 std::vector<Layer> readable(const std::vector<Layer>& layers, ScalarType type);
 
+constexpr int64_t kProjectGrain = 24;  // rows of x below which a second thread costs more than it saves
+
 Rows rows_or_none(const MaybeTensor& tensor);
 Rows part(const Rows& rows, int64_t row, int64_t column);
 Tensor block(const Tensor& matrix, int64_t row, int64_t rows, int64_t column, int64_t columns);

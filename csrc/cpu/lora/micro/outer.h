@@ -9,23 +9,27 @@ namespace {
 template <typename C, typename T>
 void outer_rows(const T* x, int64_t ldx, int64_t rows, int64_t columns, const C* z, int64_t r, Mask mask, C* g,
                 int64_t ldg, bool add) {
-  if (mask.bits == nullptr) {
+  const int64_t visits = (r + MBF_TILE_ROWS - 1) / MBF_TILE_ROWS;
+  // Rows a multiple of 2 KiB apart share two sets of the first-level cache, and are read from the second in every
+  // visit.
+  const bool crowded = ldx * static_cast<int64_t>(sizeof(T)) % 2048 == 0;
+  if (mask.bits == nullptr && (visits == 1 || !crowded)) {
     product<C, T, C, Masked::kNothing>(r, columns, rows, z, 1, r, x, ldx, g, ldg, mask, add);
     return;
   }
-  if (!copies((r + MBF_TILE_ROWS - 1) / MBF_TILE_ROWS)) {
+  if (visits == 1) {
     product<C, T, C, Masked::kFactor>(r, columns, rows, z, 1, r, x, ldx, g, ldg, mask, add);
     return;
   }
-  constexpr int64_t kRows = 48, kColumns = MBF_TILE_VECTORS * kLanes<C>;
-  alignas(64) C kept[kRows * kColumns];
-  for (int64_t i = 0; i < columns; i += kColumns) {
-    const int64_t width = columns - i < kColumns ? columns - i : kColumns;
-    for (int64_t t = 0; t < rows; t += kRows) {
-      const int64_t some = rows - t < kRows ? rows - t : kRows;
-      copy_kept<C, T>(x + t * ldx + i, ldx, some, width, {mask.bits, mask.first + t * mask.ld + i, mask.ld}, kept,
-                      kColumns);
-      product<C, C, C, Masked::kNothing>(r, width, some, z + t * r, 1, r, kept, kColumns, g + i, ldg, {}, add || t > 0);
+  // A copy, along the rows of x, which the processor fetches ahead.
+  constexpr int64_t kRows = 32, kColumns = 8 * MBF_TILE_VECTORS * kLanes<C>, kLd = kColumns + kLanes<C>;
+  alignas(64) C kept[kRows * kLd];
+  for (int64_t t = 0; t < rows; t += kRows) {
+    const int64_t some = rows - t < kRows ? rows - t : kRows;
+    for (int64_t i = 0; i < columns; i += kColumns) {
+      const int64_t width = columns - i < kColumns ? columns - i : kColumns;
+      copy_kept<C, T>(x + t * ldx + i, ldx, some, width, {mask.bits, mask.first + t * mask.ld + i, mask.ld}, kept, kLd);
+      product<C, C, C, Masked::kNothing>(r, width, some, z + t * r, 1, r, kept, kLd, g + i, ldg, {}, add || t > 0);
     }
   }
 }

@@ -1,0 +1,208 @@
+#include "gemm.h"
+
+#include <algorithm>
+#include <vector>
+
+namespace mbf::cpu::gemm {
+namespace {
+
+using torch::stable::parallel_for;
+
+// What is packed at once: a sliver of right stays in the first-level cache, a block of left in the second, and right's
+// panel in what the threads share.
+constexpr int64_t kMostRows = 96, kMostColumns = 1024, kMostDepth = 768;
+constexpr int64_t kRowsOfHalf = 512;  // whose output is kept in fp32 until the depth is through
+constexpr int64_t kLeastWork = 1 << 18;
+
+int64_t rounded_up(int64_t size, int64_t unit) { return (size + unit - 1) / unit * unit; }
+
+// Equal parts, multiples of `unit`, of at most `most`.
+struct Cut {
+  Cut(int64_t whole, int64_t most, int64_t unit) : whole(whole) {
+    const int64_t parts = std::max<int64_t>(1, (whole + most - 1) / most);
+    size = std::max(unit, rounded_up((whole + parts - 1) / parts, unit));
+  }
+  int64_t at(int64_t from) const { return std::min(size, whole - from); }
+
+  int64_t whole, size;
+};
+
+const char* moved(const void* data, ScalarType type, int64_t elements) {
+  return static_cast<const char*>(data) + elements * element_size(type);
+}
+
+Strided part(const Strided& right, int64_t row, int64_t column) {
+  return {moved(right.data, right.type, row * right.row + column * right.column), right.type, right.row, right.column};
+}
+
+// The start of a part of the output.
+TileStart<float> part(const TileStart<float>& start, int64_t row, int64_t column) {
+  TileStart<float> out = start;
+  if (out.r > 0) {
+    out.z += row * out.r;
+    out.e += column;
+    out.mask.first += row * out.mask.ld + column;
+  }
+  if (out.bias != nullptr) out.bias += column;
+  return out;
+}
+
+Product part(const Product& whole, int64_t row, int64_t rows, int64_t column, int64_t columns) {
+  Product out = whole;
+  out.out = whole.out.at(row);
+  out.out.data = const_cast<char*>(moved(out.out.data, out.out.type, column));
+  out.rows = rows;
+  out.columns = columns;
+  out.left = whole.left.at(row);
+  out.right = part(whole.right, 0, column);
+  out.start = part(whole.start, row, column);
+  return out;
+}
+
+// Asks for a row of the block of left that is copied next, so that it lies in the second-level cache by then.
+void fetch(const Rows& left, int64_t first, int64_t columns) {
+  const char *at = moved(left.data, left.type, first), *end = moved(at, left.type, columns);
+  for (; at < end; at += 64) __builtin_prefetch(at, 0, 2);
+}
+
+// A sliver that the output ends inside of, through one of whole width.
+void multiply_edge(const GemmLoops& loops, const float* left, int64_t ldl, int64_t rows, int64_t columns,
+                   const float* sliver, int64_t depth, float* out, int64_t ldo, const TileStart<float>& start) {
+  const int64_t width = loops.columns;
+  static thread_local const Scratch<float> block(kMostRows * width), padded(257 * width);
+  TileStart<float> own = start;
+  own.add = false;
+  const auto copy = [&](const float* from, float* to) {
+    std::fill(std::copy_n(from, columns, to), to + width, 0.0f);
+    return to;
+  };
+  for (int64_t j = 0; j < start.r; ++j) copy(start.e + j * start.lde, padded.get() + j * width);
+  own.e = padded.get();
+  own.lde = width;
+  if (start.bias != nullptr) own.bias = copy(start.bias, padded.get() + 256 * width);
+  loops.multiply(left, ldl, rows, sliver, depth, block.get(), width, own);
+  for (int64_t t = 0; t < rows; ++t) {
+    for (int64_t i = 0; i < columns; ++i) {
+      float& to = out[t * ldo + i];
+      to = start.add ? to + block[t * width + i] : block[t * width + i];
+    }
+  }
+}
+
+// Columns that are packed at once, into fp32. Serial.
+void multiply_columns(const Product& product, float* out, int64_t ldo, bool add) {
+  const GemmLoops& loops = *gemm_loops();
+  const Micro<float>& inner = micro<float>();
+  constexpr int64_t kLine = 16;
+  // Two blocks of left's rows: beyond the last row of the first so much is fetched.
+  static thread_local const Scratch<float> packed_left((kMostRows + 8) * (kMostDepth + kLine)),
+      packed_right(kMostColumns * kMostDepth);
+  const Cut depths(product.depth, kMostDepth, 8), heights(product.rows, kMostRows, loops.rows);
+  for (int64_t from = 0; from < std::max<int64_t>(product.depth, 1); from += depths.size) {
+    const int64_t depth = depths.at(from);
+    const Strided right = part(product.right, from, 0);
+    loops.pack(right.data, right.type, right.row, right.column, product.columns, depth, packed_right.get());
+    const int64_t ldl = depth * 4 % 4096 == 0 ? depth + kLine : depth;  // rows must not share a set of the cache
+    for (int64_t row = 0; row < product.rows; row += heights.size) {
+      const int64_t rows = heights.at(row);
+      for (int64_t t = 0; t < rows; ++t) {
+        const Rows left = product.left.at(row + t);
+        inner.widen(moved(left.data, left.type, from), left.type, depth, packed_left.get() + t * ldl);
+      }
+      const int64_t next = row + heights.size, more = next < product.rows ? heights.at(next) : 0;
+      for (int64_t column = 0; column < product.columns; column += loops.columns) {
+        for (int64_t t = more * column / product.columns; t < more * (column + loops.columns) / product.columns; ++t) {
+          fetch(product.left.at(next + t), from, depth);
+        }
+        TileStart<float> start = from > 0 ? TileStart<float>{} : part(product.start, row, column);
+        start.add = from > 0 || add;
+        const float* sliver = packed_right.get() + column * depth;
+        float* to = out + row * ldo + column;
+        const int64_t width = std::min(loops.columns, product.columns - column);
+        if (width == loops.columns) {
+          loops.multiply(packed_left.get(), ldl, rows, sliver, depth, to, ldo, start);
+        } else {
+          multiply_edge(loops, packed_left.get(), ldl, rows, width, sliver, depth, to, ldo, start);
+        }
+      }
+    }
+  }
+}
+
+// What one thread does.
+void multiply_alone(const Product& product) {
+  const Cut widths(product.columns, kMostColumns, 16);
+  if (product.out.type == ScalarType::Float) {
+    for (int64_t column = 0; column < product.columns; column += widths.size) {
+      const Product here = part(product, 0, product.rows, column, widths.at(column));
+      multiply_columns(here, static_cast<float*>(here.out.data), here.out.ld, product.start.add);
+    }
+    return;
+  }
+  const Micro<float>& inner = micro<float>();
+  const Cut heights(product.rows, kRowsOfHalf, 1);
+  static thread_local const Scratch<float> wide(kRowsOfHalf * kMostColumns);
+  for (int64_t row = 0; row < product.rows; row += heights.size) {
+    for (int64_t column = 0; column < product.columns; column += widths.size) {
+      const int64_t rows = heights.at(row), columns = widths.at(column);
+      const Product here = part(product, row, rows, column, columns);
+      for (int64_t t = 0; t < rows && product.start.add; ++t) {
+        inner.widen(here.out.at(t).data, here.out.type, columns, wide.get() + t * columns);
+      }
+      multiply_columns(here, wide.get(), columns, product.start.add);
+      for (int64_t t = 0; t < rows; ++t) {
+        inner.narrow(wide.get() + t * columns, columns, here.out.at(t).data, here.out.type);
+      }
+    }
+  }
+}
+
+// Into how many pieces across the columns the threads cut a product; the rest of them cut its rows. Counted are the
+// products of the largest piece, with the numbers of right that it packs at a tenth and those of left at a fortieth of
+// a row's or a column's products.
+int64_t pieces_across(const Product& product, int64_t threads) {
+  int64_t best = 1;
+  double least = 0;
+  for (int64_t across = 1; across <= threads; ++across) {
+    if (threads % across != 0) continue;
+    const int64_t down = threads / across;
+    const double columns = rounded_up((product.columns + across - 1) / across, 16);
+    const double rows = rounded_up((product.rows + down - 1) / down, 6);
+    const double cost = rows * columns + 8 * columns + 4 * rows;
+    if (across == 1 || cost < least) {
+      best = across;
+      least = cost;
+    }
+  }
+  return best;
+}
+
+}  // namespace
+
+bool usable() { return gemm_loops() != nullptr; }
+
+bool worthwhile(int64_t rows, int64_t columns, int64_t depth) {
+  return usable() && rows >= 48 && columns >= 32 && depth >= 32;
+}
+
+void multiply(const Product& product) {
+  if (product.rows == 0 || product.columns == 0) return;
+  const int64_t threads = product.rows * product.columns * product.depth < kLeastWork
+                              ? 1
+                              : static_cast<int64_t>(torch::stable::get_num_threads());
+  const int64_t across = pieces_across(product, threads), down = threads / across;
+  const auto edge = [](int64_t whole, int64_t parts, int64_t n, int64_t unit) {
+    return n == parts ? whole : std::min(whole, (whole + unit - 1) / unit * n / parts * unit);
+  };
+  parallel_for(0, threads, 1, [&](int64_t begin, int64_t end) {
+    for (int64_t piece = begin; piece < end; ++piece) {
+      const int64_t row = edge(product.rows, down, piece / across, 6);
+      const int64_t column = edge(product.columns, across, piece % across, 16);
+      const int64_t rows = edge(product.rows, down, piece / across + 1, 6) - row;
+      const int64_t columns = edge(product.columns, across, piece % across + 1, 16) - column;
+      if (rows > 0 && columns > 0) multiply_alone(part(product, row, rows, column, columns));
+    }
+  });
+}
+
+}  // namespace mbf::cpu::gemm

@@ -1,0 +1,41 @@
+// Products of whole matrices by inner loops of our own, on processors whose widest vectors are AVX2's.
+//
+// There the BLAS that torch carries stays an eighth below the multiply-adds that an AMD core can do, and the branch
+// has to visit its output again. Here a tile's accumulators begin with the branch, half types are widened on their way
+// into the packed operands, and all threads share a product, so that W is packed once for all rows.
+//
+// An element's sum is taken in blocks of the depth that depend on the depth only, so the bits don't depend on how the
+// matrix is cut.
+#pragma once
+
+#include "micro.h"
+#include "torch.h"
+
+namespace mbf::cpu::gemm {
+
+// A matrix that is read by element strides: fp32, bf16 or fp16.
+struct Strided {
+  const void* data;
+  ScalarType type;
+  int64_t row, column;
+};
+
+// out [rows, columns] (+)= left [rows, depth] right [depth, columns] + drop(z e) + bias.
+struct Product {
+  Rows out;
+  int64_t rows, columns, depth;
+  Rows left;
+  Strided right;
+  TileStart<float>
+      start;  // beside `add`, all of it optional: z [rows, r], e [r, columns] with padded rows, bias [columns]
+};
+
+bool usable();
+
+// Whether a product of these sizes is faster so than in the BLAS.
+bool worthwhile(int64_t rows, int64_t columns, int64_t depth);
+
+// By all threads.
+void multiply(const Product& product);
+
+}  // namespace mbf::cpu::gemm

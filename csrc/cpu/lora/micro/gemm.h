@@ -1,0 +1,193 @@
+// The inner loops of gemm.h: out (+)= left right, by MBF_GEMM_ROWS rows and a sliver of MBF_GEMM_VECTORS vectors.
+//
+// A tile's accumulators begin with what is added to the product, so that costs no visit to the output: the low-rank
+// branch (its product over ranks, masked in registers) and the bias. Then come the products of one block of the depth,
+// and the output is written or added to. Rows of left are read as they lie, a number broadcast a product; right is
+// packed. The loop over the depth isn't unrolled: with more than one step in flight Zen 3 falls from 100 to 93 % of its
+// multiply-adds.
+#pragma once
+
+#include "dropout.h"
+
+namespace mbf::cpu::MBF_ISA {
+namespace {
+
+constexpr int kGemmRows = MBF_GEMM_ROWS, kGemmVectors = MBF_GEMM_VECTORS;
+constexpr int64_t kGemmSum = 384;                      // products that are summed one after the other
+constexpr int kSliver = kGemmVectors * kLanes<float>;  // columns
+
+template <int R>
+__attribute__((noinline)) void gemm_tile(const float* left, int64_t ldl, const float* sliver, int64_t depth, float* out,
+                                         int64_t ldo, const TileStart<float>& start, int64_t row) {
+  Vec<float> s[R][kGemmVectors];
+  MBF_UNROLL
+  for (int t = 0; t < R; ++t) {
+    __builtin_prefetch(out + t * ldo, 1);
+    __builtin_prefetch(out + t * ldo + kSliver - 1, 1);
+    MBF_UNROLL
+    for (int n = 0; n < kGemmVectors; ++n) s[t][n] = Vec<float>{};
+  }
+  const auto products = [&](const float* factors, int64_t step, const float* vectors) __attribute__((always_inline)) {
+    Vec<float> v[kGemmVectors];
+    MBF_UNROLL
+    for (int n = 0; n < kGemmVectors; ++n) {
+      v[n] = load(vectors + n * kLanes<float>);
+      MBF_PIN(v[n]);
+    }
+    MBF_UNROLL
+    for (int t = 0; t < R; ++t) {
+      Vec<float> factor = broadcast(factors[t * step]);
+      MBF_PIN(factor);
+      MBF_UNROLL
+      for (int n = 0; n < kGemmVectors; ++n) s[t][n] += factor * v[n];
+    }
+  };
+  if (start.r > 0) {
+    const float* z = start.z + row * start.r;
+    for (int64_t j = 0; j < start.r; ++j) products(z + j, start.r, start.e + j * start.lde);
+    if (start.mask.bits != nullptr) {
+      MBF_UNROLL
+      for (int t = 0; t < R; ++t) {
+        const int64_t at = start.mask.first + (row + t) * start.mask.ld;
+        keep_several<kGemmVectors, float>(s[t], start.mask.bits, at);
+      }
+    }
+  }
+  if (start.bias != nullptr) {
+    MBF_UNROLL
+    for (int n = 0; n < kGemmVectors; ++n) {
+      const Vec<float> bias = load(start.bias + n * kLanes<float>);
+      MBF_UNROLL
+      for (int t = 0; t < R; ++t) s[t][n] += bias;
+    }
+  }
+  const char* next = reinterpret_cast<const char*>(left + R * ldl);
+  // A long sum rounds at its own size; in two, the error is that of the BLAS.
+  Vec<float> first[R][kGemmVectors];
+  const int64_t middle = depth > kGemmSum ? depth / 2 : 0;
+  for (int64_t k = 0, end = middle > 0 ? middle : depth; k < depth; end = depth) {
+    _Pragma("GCC unroll 1") for (; k < end; ++k) {
+      __builtin_prefetch(next);
+      next += R * sizeof(float);
+      products(left + k, ldl, sliver + k * kSliver);
+    }
+    MBF_UNROLL
+    for (int t = 0; t < R && k == middle; ++t) {
+      MBF_UNROLL
+      for (int n = 0; n < kGemmVectors; ++n) {
+        first[t][n] = s[t][n];
+        s[t][n] = Vec<float>{};
+      }
+    }
+  }
+  MBF_UNROLL
+  for (int t = 0; t < R && middle > 0; ++t) {
+    MBF_UNROLL
+    for (int n = 0; n < kGemmVectors; ++n) s[t][n] += first[t][n];
+  }
+  MBF_UNROLL
+  for (int t = 0; t < R; ++t) {
+    MBF_UNROLL
+    for (int n = 0; n < kGemmVectors; ++n) {
+      float* to = out + t * ldo + n * kLanes<float>;
+      store(to, start.add ? load(to) + s[t][n] : s[t][n]);
+    }
+  }
+}
+
+void gemm_rows(const float* left, int64_t ldl, int64_t rows, const float* sliver, int64_t depth, float* out,
+               int64_t ldo, const TileStart<float>& start) {
+  int64_t t = 0;
+  const auto tile = [&](auto size) __attribute__((always_inline)) {
+    constexpr int R = decltype(size)::value;
+    gemm_tile<R>(left + t * ldl, ldl, sliver, depth, out + t * ldo, ldo, start, t);
+    t += R;
+  };
+  while (t + kGemmRows <= rows) tile(Size<kGemmRows>{});
+  const int64_t rest = rows - t;  // in one tile, or it would pass over the sliver once more
+  if (rest == 1) tile(Size<1>{});
+  if (rest == 2) tile(Size<2>{});
+  if (rest == 3) tile(Size<3>{});
+  if (rest == 4) tile(Size<4>{});
+  if (rest == 5) tile(Size<5>{});
+  static_assert(kGemmRows == 6);
+}
+
+// Eight rows of eight numbers to columns, `ld` apart.
+MBF_INLINE void transpose_8(const Vec<float> (&rows)[8], float* to, int64_t ld) {
+  __m256 pairs[8], fours[8];
+  MBF_UNROLL
+  for (int n = 0; n < 8; n += 2) {
+    pairs[n] = _mm256_unpacklo_ps(rows[n], rows[n + 1]);
+    pairs[n + 1] = _mm256_unpackhi_ps(rows[n], rows[n + 1]);
+  }
+  MBF_UNROLL
+  for (int n = 0; n < 8; n += 4) {
+    fours[n] = _mm256_shuffle_ps(pairs[n], pairs[n + 2], 0x44);
+    fours[n + 1] = _mm256_shuffle_ps(pairs[n], pairs[n + 2], 0xee);
+    fours[n + 2] = _mm256_shuffle_ps(pairs[n + 1], pairs[n + 3], 0x44);
+    fours[n + 3] = _mm256_shuffle_ps(pairs[n + 1], pairs[n + 3], 0xee);
+  }
+  MBF_UNROLL
+  for (int n = 0; n < 4; ++n) {
+    store(to + n * ld, _mm256_permute2f128_ps(fours[n], fours[n + 4], 0x20));
+    store(to + (n + 4) * ld, _mm256_permute2f128_ps(fours[n], fours[n + 4], 0x31));
+  }
+}
+
+// Rows of right, a few at a time for all slivers: the processor fetches rows ahead, and not what lies across them.
+template <typename T>
+void gemm_pack_rows(const T* right, int64_t row, int64_t columns, int64_t depth, float* to) {
+  constexpr int64_t kSome = 8;
+  for (int64_t first = 0; first < depth; first += kSome) {
+    const int64_t last = first + kSome < depth ? first + kSome : depth;
+    for (int64_t i = 0; i + kSliver <= columns; i += kSliver) {
+      for (int64_t k = first; k < last; ++k) {
+        for (int64_t n = 0; n < kSliver; n += kLanes<float>) {
+          store(to + i * depth + k * kSliver + n, load(right + k * row + i + n));
+        }
+      }
+    }
+  }
+}
+
+template <typename T>
+void gemm_pack(const T* right, int64_t row, int64_t column, int64_t columns, int64_t depth, float* to) {
+  constexpr int L = kLanes<float>;
+  if (column == 1) gemm_pack_rows(right, row, columns, depth, to);
+  for (int64_t i = 0; i < columns; i += kSliver, to += depth * kSliver) {
+    const int64_t width = columns - i < kSliver ? columns - i : kSliver;
+    const T* from = right + i * column;
+    int64_t k = 0;
+    if (width == kSliver && row == 1) {
+      for (; k + L <= depth; k += L) {
+        for (int64_t part = 0; part < kSliver; part += L) {
+          Vec<float> block[L];
+          MBF_UNROLL
+          for (int n = 0; n < L; ++n) block[n] = load(from + (part + n) * column + k);
+          transpose_8(block, to + k * kSliver + part, kSliver);
+        }
+      }
+    } else if (width == kSliver && column == 1) {
+      k = depth;  // copied below
+    }
+    for (; k < depth; ++k) {
+      for (int64_t n = 0; n < kSliver; ++n) {
+        to[k * kSliver + n] = n < width ? static_cast<float>(from[k * row + n * column]) : 0.0f;
+      }
+    }
+  }
+}
+
+void pack(const void* right, ScalarType type, int64_t row, int64_t column, int64_t columns, int64_t depth, float* to) {
+  with_type<float>(type, const_cast<void*>(right), [&](auto* p) { gemm_pack(p, row, column, columns, depth, to); });
+}
+
+}  // namespace
+
+const GemmLoops& gemm_loops() {
+  static constexpr GemmLoops table = {kGemmRows, kSliver, pack, gemm_rows};
+  return table;
+}
+
+}  // namespace mbf::cpu::MBF_ISA

@@ -6,6 +6,7 @@
 #include <cmath>
 
 #include "arithmetic.h"
+#include "gemm.h"
 
 namespace mbf::cpu {
 namespace {
@@ -54,6 +55,14 @@ Branch<C>::Branch(const Operands& operands, const Tensor& input)
     keep_scale_ = threshold_ < 65536 ? static_cast<C>(65536.0 / (65536.0 - threshold_)) : C{0};
     seed_ = static_cast<uint64_t>(*operands.seed->const_data_ptr<int64_t>());
   }
+}
+
+template <typename C>
+Scratch<C> Branch<C>::packed(const C* factor, int64_t ld, int64_t depth) const {
+  if constexpr (sizeof(C) == 4) {
+    if (gemm::projects(r_)) return gemm::packed({factor, ScalarType::Float, 1, ld}, depth, r_);
+  }
+  return {};
 }
 
 template <typename C>

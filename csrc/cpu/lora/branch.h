@@ -59,8 +59,12 @@ class Branch {
   // What tiles of y begin with.
   TileStart<C> start(const C* z) const { return {z, r_, e_.get(), lde_, {}, nullptr, false}; }
 
-  // h [rows, r] of rows of x, and z = gate ⊙ (h mixᵀ) from it.
-  void project(int64_t first, int64_t rows, Rows x, C* h, C* z, std::vector<uint8_t>& bits) const;
+  // h [rows, r] of rows of x, and z = gate ⊙ (h mixᵀ) from it. `packed` is what packed_A made, or null.
+  void project(int64_t first, int64_t rows, Rows x, const C* packed, C* h, C* z, std::vector<uint8_t>& bits) const;
+
+  // A and s B̂ as gemm.h projects on them; nothing where it is of no use.
+  Scratch<C> packed_A() const { return packed(a_, lda_, d_in_); }
+  Scratch<C> packed_B() const { return packed(e_.get(), lde_, d_out_); }
   // y[:, column ..] += s z B̂ᵀ[:, column ..] for rows of y and z, y beginning at that column.
   void expand(Rows y, int64_t rows, int64_t column, int64_t columns, const C* z) const;
 
@@ -76,6 +80,7 @@ class Branch {
   Routed route(int64_t first, int64_t rows, const C* h, C* scratch_u, C* scratch_z) const;
   int64_t mask_ld() const { return d_in_ % 8 == 0 ? d_in_ : (d_in_ + 23) / 8 * 8 + d_in_ % 8; }
   int64_t gate_at(int64_t row, int64_t j) const { return (gate_rows_.empty() ? 0 : gate_rows_[row]) + j * gate_step_; }
+  Scratch<C> packed(const C* factor, int64_t ld, int64_t depth) const;
   void pack_A();
   void pack_B();
   void read_gate(const std::vector<int64_t>& lead);
@@ -97,10 +102,10 @@ class Branch {
 };
 
 // h of every member for rows `first` .. of x, saved in the type of A in hs[n] [all rows, r] (not saved where hs is
-// empty), and z in zs[n] [rows, r]. Serial; x is read once.
+// empty), and z in zs[n] [rows, r]; packed[n] as for Branch::project, or none at all. Serial; x is read once.
 template <typename C>
-void project_all(const std::vector<Branch<C>>& branches, Rows x, int64_t first, int64_t rows,
-                 const std::vector<Tensor>& hs, const std::vector<C*>& zs);
+void project_all(const std::vector<Branch<C>>& branches, const std::vector<Scratch<C>>& packed, Rows x, int64_t first,
+                 int64_t rows, const std::vector<Tensor>& hs, const std::vector<C*>& zs);
 
 // The backward pass of members that share x.
 template <typename C>
@@ -119,9 +124,10 @@ class BranchBackward {
   // tile's first row and column; dx is added to, or overwritten by the first member.
   void visit(int64_t row_chunk, int64_t column_chunk, Rows x, Rows dx, bool add);
 
-  // The second phase where the tiles of dx are made whole by gemm.h: after begin_masks for rows that hold the chunk,
-  // dA's share and the masks of a chunk, whose first row is x's; then what tiles of dx from row `first` on begin with.
-  void begin_masks(int64_t first, int64_t rows);
+  // Where the tiles of dx are made whole by gemm.h: before both phases, `begin` for rows that hold the chunks; as the
+  // second, dA's share and the masks of a chunk, whose first row is x's; then what tiles of dx from row `first` on
+  // begin with.
+  void begin(int64_t first, int64_t rows);
   void read_x(int64_t chunk, Rows x);
   TileStart<C> start(size_t member, int64_t first) const;
 
@@ -132,6 +138,7 @@ class BranchBackward {
     Scratch<C> dA, dBt, dmix;  // a chunk after the other: [r, d_in], [r, d_out], [r, r]
     Scratch<C> dgate, dh;      // [rows, r]; dh times what dropout scales by
     Scratch<uint8_t> masks;    // of rows from masks_from_ on
+    Scratch<C> packed_B;
     bool used;
   };
 

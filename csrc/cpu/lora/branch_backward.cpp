@@ -5,6 +5,7 @@
 #include "arithmetic.h"
 #include "branch.h"
 #include "chunk_sums.h"
+#include "gemm.h"
 
 namespace mbf::cpu {
 
@@ -52,7 +53,11 @@ void BranchBackward<C>::read_dy(int64_t chunk, const std::vector<Rows>& dys, con
       }
       const bool need_dh = need_dx_ || asked.A;
       if (need_dh || asked.gate || asked.mix) {
-        inner.project(dy, rows, branch.d_out_, branch.e_.get(), branch.lde_, r, {}, dz.get());
+        if (const C* packed = sums_[n].packed_B.get()) {
+          project_on(packed, dy, rows, branch.d_out_, r, {}, dz.get());
+        } else {
+          inner.project(dy, rows, branch.d_out_, branch.e_.get(), branch.lde_, r, {}, dz.get());
+        }
       }
       if (asked.of_B()) {
         const C scale = static_cast<C>(branch.operands_.scale);
@@ -119,10 +124,11 @@ void BranchBackward<C>::visit(int64_t row_chunk, int64_t column_chunk, Rows x, R
 }
 
 template <typename C>
-void BranchBackward<C>::begin_masks(int64_t first, int64_t rows) {
+void BranchBackward<C>::begin(int64_t first, int64_t rows) {
   masks_from_ = first;
   for (size_t n = 0; n < branches_.size(); ++n) {
     sums_[n].masks = Scratch<uint8_t>(sums_[n].used ? branches_[n].mask_bytes(rows) : 0);
+    if (sums_[n].used && sums_[n].packed_B.get() == nullptr) sums_[n].packed_B = branches_[n].packed_B();
   }
 }
 

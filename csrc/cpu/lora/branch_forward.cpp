@@ -4,6 +4,7 @@
 
 #include "arithmetic.h"
 #include "branch.h"
+#include "gemm.h"
 
 namespace mbf::cpu {
 
@@ -69,8 +70,14 @@ typename Branch<C>::Routed Branch<C>::route(int64_t first, int64_t rows, const C
 }
 
 template <typename C>
-void Branch<C>::project(int64_t first, int64_t rows, Rows x, C* h, C* z, std::vector<uint8_t>& bits) const {
-  micro_.project(x, rows, d_in_, a_, lda_, r_, mask(first, rows, 0, d_in_, bits), h);
+void Branch<C>::project(int64_t first, int64_t rows, Rows x, const C* packed, C* h, C* z,
+                        std::vector<uint8_t>& bits) const {
+  const Mask kept = mask(first, rows, 0, d_in_, bits);
+  if (packed != nullptr) {
+    project_on(packed, x, rows, d_in_, r_, kept, h);
+  } else {
+    micro_.project(x, rows, d_in_, a_, lda_, r_, kept, h);
+  }
   if (threshold_ != 0) {
     for (int64_t n = 0; n < rows * r_; ++n) h[n] *= keep_scale_;
   }
@@ -85,8 +92,8 @@ void Branch<C>::expand(Rows y, int64_t rows, int64_t column, int64_t columns, co
 }
 
 template <typename C>
-void project_all(const std::vector<Branch<C>>& branches, Rows x, int64_t first, int64_t rows,
-                 const std::vector<Tensor>& hs, const std::vector<C*>& zs) {
+void project_all(const std::vector<Branch<C>>& branches, const std::vector<Scratch<C>>& packed, Rows x, int64_t first,
+                 int64_t rows, const std::vector<Tensor>& hs, const std::vector<C*>& zs) {
   int64_t widest = 0;
   for (const Branch<C>& branch : branches) widest = std::max(widest, branch.rank());
   if (widest == 0) return;
@@ -97,7 +104,8 @@ void project_all(const std::vector<Branch<C>>& branches, Rows x, int64_t first, 
     const int64_t block = std::min(size, rows - t);
     for (size_t n = 0; n < branches.size(); ++n) {
       const int64_t r = branches[n].rank();
-      branches[n].project(first + t, block, x.at(t), h.get(), zs[n] + t * r, bits);
+      branches[n].project(first + t, block, x.at(t), packed.empty() ? nullptr : packed[n].get(), h.get(), zs[n] + t * r,
+                          bits);
       if (hs.empty()) continue;
       const Rows saved{hs[n].mutable_data_ptr(), hs[n].scalar_type(), r};
       micro<C>().narrow(h.get(), block * r, saved.at(first + t).data, saved.type);
@@ -113,13 +121,14 @@ template void Branch<float>::write_mask(int64_t, int64_t, int64_t, uint8_t*) con
 template void Branch<double>::write_mask(int64_t, int64_t, int64_t, uint8_t*) const;
 template Branch<float>::Routed Branch<float>::route(int64_t, int64_t, const float*, float*, float*) const;
 template Branch<double>::Routed Branch<double>::route(int64_t, int64_t, const double*, double*, double*) const;
-template void Branch<float>::project(int64_t, int64_t, Rows, float*, float*, std::vector<uint8_t>&) const;
-template void Branch<double>::project(int64_t, int64_t, Rows, double*, double*, std::vector<uint8_t>&) const;
+template void Branch<float>::project(int64_t, int64_t, Rows, const float*, float*, float*, std::vector<uint8_t>&) const;
+template void Branch<double>::project(int64_t, int64_t, Rows, const double*, double*, double*,
+                                      std::vector<uint8_t>&) const;
 template void Branch<float>::expand(Rows, int64_t, int64_t, int64_t, const float*) const;
 template void Branch<double>::expand(Rows, int64_t, int64_t, int64_t, const double*) const;
-template void project_all<float>(const std::vector<Branch<float>>&, Rows, int64_t, int64_t, const std::vector<Tensor>&,
-                                 const std::vector<float*>&);
-template void project_all<double>(const std::vector<Branch<double>>&, Rows, int64_t, int64_t,
-                                  const std::vector<Tensor>&, const std::vector<double*>&);
+template void project_all<float>(const std::vector<Branch<float>>&, const std::vector<Scratch<float>>&, Rows, int64_t,
+                                 int64_t, const std::vector<Tensor>&, const std::vector<float*>&);
+template void project_all<double>(const std::vector<Branch<double>>&, const std::vector<Scratch<double>>&, Rows,
+                                  int64_t, int64_t, const std::vector<Tensor>&, const std::vector<double*>&);
 
 }  // namespace mbf::cpu

@@ -11,6 +11,7 @@ using torch::stable::parallel_for;
 // What is packed at once: a sliver of right stays in the first-level cache, a block of left in the second, and right's
 // panel in what the threads share.
 constexpr int64_t kMostRows = 96, kMostColumns = 1024, kMostDepth = 768;
+constexpr int64_t kLine = 16;         // numbers
 constexpr int64_t kRowsOfHalf = 512;  // whose output is kept in fp32 until the depth is through
 constexpr int64_t kLeastWork = 1 << 18;
 
@@ -59,12 +60,6 @@ Product part(const Product& whole, int64_t row, int64_t rows, int64_t column, in
   return out;
 }
 
-// Asks for a row of the block of left that is copied next, so that it lies in the second-level cache by then.
-void fetch(const Rows& left, int64_t first, int64_t columns) {
-  const char *at = moved(left.data, left.type, first), *end = moved(at, left.type, columns);
-  for (; at < end; at += 64) __builtin_prefetch(at, 0, 2);
-}
-
 // A sliver that the output ends inside of, through one of whole width.
 void multiply_edge(const GemmLoops& loops, const float* left, int64_t ldl, int64_t rows, int64_t columns,
                    const float* sliver, int64_t depth, float* out, int64_t ldo, const TileStart<float>& start) {
@@ -92,37 +87,33 @@ void multiply_edge(const GemmLoops& loops, const float* left, int64_t ldl, int64
 // Columns that are packed at once, into fp32. Serial.
 void multiply_columns(const Product& product, float* out, int64_t ldo, bool add) {
   const GemmLoops& loops = *gemm_loops();
-  const Micro<float>& inner = micro<float>();
-  constexpr int64_t kLine = 16;
-  // Two blocks of left's rows: beyond the last row of the first so much is fetched.
   static thread_local const Scratch<float> packed_left((kMostRows + 8) * (kMostDepth + kLine)),
       packed_right(kMostColumns * kMostDepth);
+  const bool left_is_float = product.left.type == ScalarType::Float;
   const Cut depths(product.depth, kMostDepth, 8), heights(product.rows, kMostRows, loops.rows);
   for (int64_t from = 0; from < std::max<int64_t>(product.depth, 1); from += depths.size) {
     const int64_t depth = depths.at(from);
     const Strided right = part(product.right, from, 0);
     loops.pack(right.data, right.type, right.row, right.column, product.columns, depth, packed_right.get());
-    const int64_t ldl = depth * 4 % 4096 == 0 ? depth + kLine : depth;  // rows must not share a set of the cache
+    const bool crowded = depth * 4 % 4096 == 0;  // rows must not share a set of the cache
+    const bool direct = left_is_float && product.left.ld == depth && !crowded;
+    const int64_t ldl = crowded ? depth + kLine : depth;
+    Rows left = product.left;
+    left.data = const_cast<char*>(moved(left.data, left.type, from));
     for (int64_t row = 0; row < product.rows; row += heights.size) {
       const int64_t rows = heights.at(row);
-      for (int64_t t = 0; t < rows; ++t) {
-        const Rows left = product.left.at(row + t);
-        inner.widen(moved(left.data, left.type, from), left.type, depth, packed_left.get() + t * ldl);
-      }
-      const int64_t next = row + heights.size, more = next < product.rows ? heights.at(next) : 0;
+      const float* block = direct ? static_cast<const float*>(left.at(row).data) : packed_left.get();
+      if (!direct) loops.copy(left.at(row), rows, depth, {}, packed_left.get(), ldl);
       for (int64_t column = 0; column < product.columns; column += loops.columns) {
-        for (int64_t t = more * column / product.columns; t < more * (column + loops.columns) / product.columns; ++t) {
-          fetch(product.left.at(next + t), from, depth);
-        }
         TileStart<float> start = from > 0 ? TileStart<float>{} : part(product.start, row, column);
         start.add = from > 0 || add;
         const float* sliver = packed_right.get() + column * depth;
         float* to = out + row * ldo + column;
         const int64_t width = std::min(loops.columns, product.columns - column);
         if (width == loops.columns) {
-          loops.multiply(packed_left.get(), ldl, rows, sliver, depth, to, ldo, start);
+          loops.multiply(block, ldl, rows, sliver, depth, to, ldo, start);
         } else {
-          multiply_edge(loops, packed_left.get(), ldl, rows, width, sliver, depth, to, ldo, start);
+          multiply_edge(loops, block, ldl, rows, width, sliver, depth, to, ldo, start);
         }
       }
     }
@@ -157,9 +148,8 @@ void multiply_alone(const Product& product) {
   }
 }
 
-// Into how many pieces across the columns the threads cut a product; the rest of them cut its rows. Counted are the
-// products of the largest piece, with the numbers of right that it packs at a tenth and those of left at a fortieth of
-// a row's or a column's products.
+// Into how many pieces across the columns the threads cut a product; the rest of them cut its rows. Counted is what
+// the largest piece takes: its products, and the packing of a number of right and of left as so many of them.
 int64_t pieces_across(const Product& product, int64_t threads) {
   int64_t best = 1;
   double least = 0;
@@ -203,6 +193,48 @@ void multiply(const Product& product) {
       if (rows > 0 && columns > 0) multiply_alone(part(product, row, rows, column, columns));
     }
   });
+}
+
+bool projects(int64_t rank) { return usable() && rank > 0 && 2 * rounded_up(rank, gemm_loops()->columns) <= 3 * rank; }
+
+Scratch<float> packed(const Strided& right, int64_t depth, int64_t r) {
+  const GemmLoops& loops = *gemm_loops();
+  const int64_t width = rounded_up(r, loops.columns);
+  const Cut depths(depth, kMostDepth, 8);
+  Scratch<float> out(depth * width);
+  for (int64_t from = 0; from < depth; from += depths.size) {
+    const Strided here = part(right, from, 0);
+    loops.pack(here.data, here.type, here.row, here.column, r, depths.at(from), out.get() + from * width);
+  }
+  return out;
+}
+
+void project(const Rows& x, int64_t rows, int64_t depth, const float* packed, int64_t r, const Mask& mask, float* h) {
+  const GemmLoops& loops = *gemm_loops();
+  const int64_t width = rounded_up(r, loops.columns);
+  const Cut depths(depth, kMostDepth, 8);
+  static thread_local const Scratch<float> kept(kMostRows * (kMostDepth + kLine)), sums(kMostRows * 256);
+  for (int64_t row = 0; row < rows; row += kMostRows) {
+    const int64_t some = std::min(kMostRows, rows - row);
+    for (int64_t from = 0; from < depth; from += depths.size) {
+      const int64_t size = depths.at(from);
+      Rows here = x.at(row);
+      here.data = const_cast<char*>(moved(here.data, here.type, from));
+      const float* block = static_cast<const float*>(here.data);
+      int64_t ld = here.ld;
+      if (here.type != ScalarType::Float || mask.bits != nullptr) {
+        ld = size + kLine;
+        loops.copy(here, some, size, {mask.bits, mask.first + row * mask.ld + from, mask.ld}, kept.get(), ld);
+        block = kept.get();
+      }
+      TileStart<float> start;
+      start.add = from > 0;
+      for (int64_t column = 0; column < width; column += loops.columns) {
+        loops.multiply(block, ld, some, packed + from * width + column * size, size, sums.get() + column, width, start);
+      }
+    }
+    for (int64_t t = 0; t < some; ++t) std::copy_n(sums.get() + t * width, r, h + (row + t) * r);
+  }
 }
 
 }  // namespace mbf::cpu::gemm

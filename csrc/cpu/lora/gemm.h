@@ -38,4 +38,23 @@ bool worthwhile(int64_t rows, int64_t columns, int64_t depth);
 // By all threads.
 void multiply(const Product& product);
 
+// Whether the thin products of the branch are faster by these tiles than row against row: where its ranks fill them.
+bool projects(int64_t rank);
+
+// The r columns of right [depth, r], for `project`.
+Scratch<float> packed(const Strided& right, int64_t depth, int64_t r);
+
+// h [rows, r] = keep(x) right, for a few rows of x. Serial.
+void project(const Rows& x, int64_t rows, int64_t depth, const float* packed, int64_t r, const Mask& mask, float* h);
+
 }  // namespace mbf::cpu::gemm
+
+namespace mbf::cpu {
+
+// The same for either type of arithmetic; nothing is ever packed for fp64.
+template <typename C>
+void project_on(const C* packed, const Rows& x, int64_t rows, int64_t depth, int64_t r, const Mask& mask, C* h) {
+  if constexpr (sizeof(C) == 4) gemm::project(x, rows, depth, packed, r, mask, h);
+}
+
+}  // namespace mbf::cpu

@@ -49,7 +49,7 @@ void forward_rows(const Tensor& x, const std::vector<Layer>& layers, const std::
   parallel_for(0, rows, kProjectGrain, [&](int64_t begin, int64_t end) {
     std::vector<C*> z_data;
     for (size_t n = 0; n < layers.size(); ++n) z_data.push_back(zs[n].get() + begin * branches[n].rank());
-    project_all<C>(branches, rows_in(x).at(begin), begin, end - begin, out.hs, z_data);
+    project_all<C>(branches, {}, rows_in(x).at(begin), begin, end - begin, out.hs, z_data);
   });
   parallel_for(0, tiles, 1, [&](int64_t begin, int64_t end) {
     const NoGrad no_grad;
@@ -234,7 +234,7 @@ void add_branch(const Operands& operands, const Tensor& x, const Tensor& y, cons
   std::vector<Scratch<C>> zs;
   zs.emplace_back(rows * branches[0].rank());
   parallel_for(0, rows, kProjectGrain, [&](int64_t begin, int64_t end) {
-    project_all<C>(branches, rows_in(x_rows).at(begin), begin, end - begin, {h},
+    project_all<C>(branches, {}, rows_in(x_rows).at(begin), begin, end - begin, {h},
                    {zs[0].get() + begin * branches[0].rank()});
     branches[0].expand(rows_in(y_rows).at(begin), end - begin, 0, d_out, zs[0].get() + begin * branches[0].rank());
   });

@@ -74,6 +74,9 @@ struct GemmLoops {
   void (*pack)(const void* right, torch::headeronly::ScalarType type, int64_t row, int64_t column, int64_t columns,
                int64_t depth, float* to);
 
+  // What the mask keeps of rows of an activation matrix, as fp32.
+  void (*copy)(Rows from, int64_t rows, int64_t columns, Mask mask, float* to, int64_t ld);
+
   // out [rows, a sliver] = start + left [rows, depth] sliver. Beyond left's last row its number of numbers is fetched.
   void (*multiply)(const float* left, int64_t ldl, int64_t rows, const float* sliver, int64_t depth, float* out,
                    int64_t ldo, const TileStart<float>& start);

@@ -113,7 +113,7 @@ void forward_chunk(const std::vector<Layer>& layers, const std::vector<Branch<C>
     zs.emplace_back(rows * branch.rank());
     z_data.push_back(zs.back().get());
   }
-  project_all<C>(branches, rows_in(x), first, rows, hs, z_data);
+  project_all<C>(branches, {}, rows_in(x), first, rows, hs, z_data);
   for (size_t n = 0; n < layers.size(); ++n) {
     for (int64_t chunk = 0; chunk < grids[n].column_chunks; ++chunk) {
       forward_tile(layers[n], branches[n], x, ys[n], grids[n], chunk, z_data[n], true);

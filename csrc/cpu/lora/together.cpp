@@ -34,12 +34,15 @@ bool made_together(ScalarType type, int64_t rows, const std::vector<Layer>& laye
 void forward_together(const std::vector<Layer>& layers, const std::vector<Branch<float>>& branches, int64_t first,
                       const Tensor& x, const std::vector<Tensor>& ys, const std::vector<Tensor>& hs) {
   const int64_t rows = x.size(0);
-  std::vector<Scratch<float>> zs;
-  for (const auto& branch : branches) zs.emplace_back(rows * branch.rank());
+  std::vector<Scratch<float>> zs, packed;
+  for (const auto& branch : branches) {
+    zs.emplace_back(rows * branch.rank());
+    packed.push_back(branch.packed_A());
+  }
   parallel_for(0, rows, kProjectGrain, [&](int64_t begin, int64_t end) {
     std::vector<float*> here;
     for (size_t n = 0; n < layers.size(); ++n) here.push_back(zs[n].get() + begin * branches[n].rank());
-    project_all<float>(branches, rows_in(x).at(begin), first + begin, end - begin, hs, here);
+    project_all<float>(branches, packed, rows_in(x).at(begin), first + begin, end - begin, hs, here);
   });
   for (size_t n = 0; n < layers.size(); ++n) {
     const Tensor& weight = layers[n].weight;
@@ -55,7 +58,7 @@ void backward_together(const std::vector<Layer>& layers, BranchBackward<float>& 
                        const MaybeTensor& dx) {
   const Grid& grid = branches.grid();
   const int64_t first = grid.row(begin), rows = grid.row(end) - first;
-  branches.begin_masks(first, rows);
+  branches.begin(first, rows);
   parallel_for(begin, end, 1, [&](int64_t from, int64_t to) {
     for (int64_t chunk = from; chunk < to; ++chunk) {
       const int64_t row = grid.row(chunk) - first;

@@ -183,10 +183,14 @@ void pack(const void* right, ScalarType type, int64_t row, int64_t column, int64
   with_type<float>(type, const_cast<void*>(right), [&](auto* p) { gemm_pack(p, row, column, columns, depth, to); });
 }
 
+void copy(Rows from, int64_t rows, int64_t columns, Mask mask, float* to, int64_t ld) {
+  with_type<float>(from.type, from.data, [&](auto* p) { copy_kept(p, from.ld, rows, columns, mask, to, ld); });
+}
+
 }  // namespace
 
 const GemmLoops& gemm_loops() {
-  static constexpr GemmLoops table = {kGemmRows, kSliver, pack, gemm_rows};
+  static constexpr GemmLoops table = {kGemmRows, kSliver, pack, copy, gemm_rows};
   return table;
 }
 

@@ -13,7 +13,7 @@ void outer_rows(const T* x, int64_t ldx, int64_t rows, int64_t columns, const C*
   // Rows a multiple of 2 KiB apart share two sets of the first-level cache, and are read from the second in every
   // visit.
   const bool crowded = ldx * static_cast<int64_t>(sizeof(T)) % 2048 == 0;
-  if (mask.bits == nullptr && (visits == 1 || !crowded)) {
+  if (mask.bits == nullptr && (visits == 1 || (visits == 2 && !crowded))) {
     product<C, T, C, Masked::kNothing>(r, columns, rows, z, 1, r, x, ldx, g, ldg, mask, add);
     return;
   }
@@ -22,7 +22,7 @@ void outer_rows(const T* x, int64_t ldx, int64_t rows, int64_t columns, const C*
     return;
   }
   // A copy, along the rows of x, which the processor fetches ahead.
-  constexpr int64_t kRows = 32, kColumns = 8 * MBF_TILE_VECTORS * kLanes<C>, kLd = kColumns + kLanes<C>;
+  constexpr int64_t kRows = 48, kColumns = 4 * MBF_TILE_VECTORS * kLanes<C>, kLd = kColumns + kLanes<C>;
   alignas(64) C kept[kRows * kLd];
   for (int64_t t = 0; t < rows; t += kRows) {
     const int64_t some = rows - t < kRows ? rows - t : kRows;

@@ -26,7 +26,8 @@ _backend: Backend = "auto"
 class NativeStatus(NamedTuple):
     """Whether the compiled extension serves the operators, and why not.
 
-    ``kernels`` says what of this processor they use, such as ``"AVX-512, native bf16, fp32 on AMX"``.
+    ``kernels`` says what of this processor they use, such as ``"AVX-512, native bf16, fp32 on AMX"``, or ``"AVX2, own
+    products"`` where mbf multiplies matrices by loops of its own.
     ``ATEN_CPU_CAPABILITY`` and ``ONEDNN_MAX_CPU_ISA``, set before mbf is imported, hold them to less.
     """
 

@@ -1,5 +1,6 @@
-// The frozen product of a layer and its derivative, by the fastest means there is for the sizes: the processor's tiles
-// (amx.h), one pass over W for a single row, BLAS for all else.
+// The frozen product of a layer and its derivative where the branch is a pass of its own, by the fastest means there is
+// for the sizes: the processor's tiles (amx.h), one pass over W for a single row, BLAS for all else. Products that
+// begin with the branch are gemm.h's.
 #pragma once
 
 #include "torch.h"

@@ -8,8 +8,8 @@ namespace {
 
 using torch::stable::parallel_for;
 
-// What is packed at once: a sliver of right stays in the first-level cache, a block of left in the second, and right's
-// panel in what the threads share.
+// What is packed at once: a block of left stays in the second-level cache, right's panel in what the threads share, and
+// a sliver of it is read again and again on its way through the first.
 constexpr int64_t kMostRows = 96, kMostColumns = 1024, kMostDepth = 768;
 constexpr int64_t kLine = 16;         // numbers
 constexpr int64_t kRowsOfHalf = 512;  // whose output is kept in fp32 until the depth is through
@@ -27,6 +27,11 @@ struct Cut {
 
   int64_t whole, size;
 };
+
+// Whether rows of fp32 at this distance share one set of the first-level cache.
+bool crowded(int64_t ld) { return ld * 4 % 4096 == 0; }
+
+bool read_as_it_lies(const Rows& left) { return left.type == ScalarType::Float && !crowded(left.ld); }
 
 const char* moved(const void* data, ScalarType type, int64_t elements) {
   return static_cast<const char*>(data) + elements * element_size(type);
@@ -87,17 +92,15 @@ void multiply_edge(const GemmLoops& loops, const float* left, int64_t ldl, int64
 // Columns that are packed at once, into fp32. Serial.
 void multiply_columns(const Product& product, float* out, int64_t ldo, bool add) {
   const GemmLoops& loops = *gemm_loops();
-  static thread_local const Scratch<float> packed_left((kMostRows + 8) * (kMostDepth + kLine)),
+  static thread_local const Scratch<float> packed_left(kMostRows * (kMostDepth + kLine)),
       packed_right(kMostColumns * kMostDepth);
-  const bool left_is_float = product.left.type == ScalarType::Float;
+  const bool direct = read_as_it_lies(product.left);
   const Cut depths(product.depth, kMostDepth, 8), heights(product.rows, kMostRows, loops.rows);
   for (int64_t from = 0; from < std::max<int64_t>(product.depth, 1); from += depths.size) {
     const int64_t depth = depths.at(from);
     const Strided right = part(product.right, from, 0);
     loops.pack(right.data, right.type, right.row, right.column, product.columns, depth, packed_right.get());
-    const bool crowded = depth * 4 % 4096 == 0;  // rows must not share a set of the cache
-    const bool direct = left_is_float && product.left.ld == depth && !crowded;
-    const int64_t ldl = crowded ? depth + kLine : depth;
+    const int64_t ldl = direct ? product.left.ld : crowded(depth) ? depth + kLine : depth;
     Rows left = product.left;
     left.data = const_cast<char*>(moved(left.data, left.type, from));
     for (int64_t row = 0; row < product.rows; row += heights.size) {
@@ -148,8 +151,9 @@ void multiply_alone(const Product& product) {
   }
 }
 
-// Into how many pieces across the columns the threads cut a product; the rest of them cut its rows. Counted is what
-// the largest piece takes: its products, and the packing of a number of right and of left as so many of them.
+// Into how many pieces across the columns the threads cut a product; the rest of them cut its rows. Counted is what the
+// largest piece takes: its products, and the packing of a number of right and the copy of one of left (or its way into
+// the cache, where it is read as it lies) as so many of them.
 int64_t pieces_across(const Product& product, int64_t threads) {
   int64_t best = 1;
   double least = 0;
@@ -158,7 +162,7 @@ int64_t pieces_across(const Product& product, int64_t threads) {
     const int64_t down = threads / across;
     const double columns = rounded_up((product.columns + across - 1) / across, 16);
     const double rows = rounded_up((product.rows + down - 1) / down, 6);
-    const double cost = rows * columns + 8 * columns + 4 * rows;
+    const double cost = rows * columns + 16 * columns + (read_as_it_lies(product.left) ? 2 : 20) * rows;
     if (across == 1 || cost < least) {
       best = across;
       least = cost;

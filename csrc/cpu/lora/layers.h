@@ -4,7 +4,9 @@
 // BLAS is as fast as on all rows at once (on 64 it is a fifth slower), the tile is still in the core's cache when the
 // branch is added to it, and as no tile depends on the number of threads, neither do the bits. Half types that the
 // processor multiplies natively go through torch's oneDNN in one call. Half types that it cannot multiply are widened
-// into fp32 scratch tile by tile, in both directions; the branch is added there and the result rounded once.
+// into fp32 scratch tile by tile, in both directions; the branch is added there and the result rounded once. From 48
+// rows on, a processor with AVX2 and no more has both types multiplied by loops of our own, all threads sharing each
+// product (together.h).
 #pragma once
 
 #include <vector>

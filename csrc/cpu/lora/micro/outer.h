@@ -13,11 +13,13 @@ void outer_rows(const T* x, int64_t ldx, int64_t rows, int64_t columns, const C*
   // Rows a multiple of 2 KiB apart share two sets of the first-level cache, and are read from the second in every
   // visit.
   const bool crowded = ldx * static_cast<int64_t>(sizeof(T)) % 2048 == 0;
-  if (mask.bits == nullptr && (visits == 1 || (visits == 2 && !crowded))) {
+  // With vectors of 64 bytes a mask costs little, and a visit serves twice as many ranks.
+  constexpr bool wide = MBF_BYTES == 64;
+  if (mask.bits == nullptr && (wide || visits == 1 || (visits == 2 && !crowded))) {
     product<C, T, C, Masked::kNothing>(r, columns, rows, z, 1, r, x, ldx, g, ldg, mask, add);
     return;
   }
-  if (visits == 1) {
+  if (visits == 1 || (wide && !copies(visits))) {
     product<C, T, C, Masked::kFactor>(r, columns, rows, z, 1, r, x, ldx, g, ldg, mask, add);
     return;
   }

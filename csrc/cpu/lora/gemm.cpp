@@ -8,9 +8,10 @@ namespace {
 
 using torch::stable::parallel_for;
 
-// What is packed at once: a block of left stays in the second-level cache, right's panel in what the threads share, and
-// a sliver of it is read again and again on its way through the first.
-constexpr int64_t kMostRows = 96, kMostColumns = 1024, kMostDepth = 768;
+// What is packed at once. Right's panel, a block of left's rows beside it, stays in the second-level cache, as the
+// third may be at others' service; but where left has to be copied for every panel, panels are wide and lie in the
+// third.
+constexpr int64_t kMostRows = 48, kMostColumns = 1024, kMostDepth = 768, kPanel = 1 << 16;
 constexpr int64_t kLine = 16;         // numbers
 constexpr int64_t kRowsOfHalf = 512;  // whose output is kept in fp32 until the depth is through
 constexpr int64_t kLeastWork = 1 << 18;
@@ -125,7 +126,9 @@ void multiply_columns(const Product& product, float* out, int64_t ldo, bool add)
 
 // What one thread does.
 void multiply_alone(const Product& product) {
-  const Cut widths(product.columns, kMostColumns, 16);
+  const int64_t depth = Cut(product.depth, kMostDepth, 8).size;
+  const Cut widths(product.columns,
+                   read_as_it_lies(product.left) ? std::min(kPanel / depth / 16 * 16, kMostColumns) : kMostColumns, 16);
   if (product.out.type == ScalarType::Float) {
     for (int64_t column = 0; column < product.columns; column += widths.size) {
       const Product here = part(product, 0, product.rows, column, widths.at(column));

@@ -178,7 +178,7 @@ def test_edges_of_what_is_packed(rows: int, d_in: int, d_out: int, dtype: torch.
     check_error_rule(*both, case, scale=0.7, dropout_p=0.3, seed=SEED)
 
 
-@pytest.mark.parametrize("rank", [1, 200, 256])
+@pytest.mark.parametrize("rank", [1, 200, 256, 257, 600])
 def test_ranks_in_the_start_of_a_tile(rank: int) -> None:
     case = operands("plain", (61,), 70, 90, rank, torch.float32)
     weight = case.pop("weight")

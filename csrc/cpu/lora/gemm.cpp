@@ -70,7 +70,7 @@ Product part(const Product& whole, int64_t row, int64_t rows, int64_t column, in
 void multiply_edge(const GemmLoops& loops, const float* left, int64_t ldl, int64_t rows, int64_t columns,
                    const float* sliver, int64_t depth, float* out, int64_t ldo, const TileStart<float>& start) {
   const int64_t width = loops.columns;
-  static thread_local const Scratch<float> block(kMostRows * width), padded(257 * width);
+  static thread_local const Scratch<float> block(kMostRows * width), padded((kMostRank + 1) * width);
   TileStart<float> own = start;
   own.add = false;
   const auto copy = [&](const float* from, float* to) {
@@ -80,7 +80,7 @@ void multiply_edge(const GemmLoops& loops, const float* left, int64_t ldl, int64
   for (int64_t j = 0; j < start.r; ++j) copy(start.e + j * start.lde, padded.get() + j * width);
   own.e = padded.get();
   own.lde = width;
-  if (start.bias != nullptr) own.bias = copy(start.bias, padded.get() + 256 * width);
+  if (start.bias != nullptr) own.bias = copy(start.bias, padded.get() + kMostRank * width);
   loops.multiply(left, ldl, rows, sliver, depth, block.get(), width, own);
   for (int64_t t = 0; t < rows; ++t) {
     for (int64_t i = 0; i < columns; ++i) {
@@ -220,7 +220,7 @@ void project(const Rows& x, int64_t rows, int64_t depth, const float* packed, in
   const GemmLoops& loops = *gemm_loops();
   const int64_t width = rounded_up(r, loops.columns);
   const Cut depths(depth, kMostDepth, 8);
-  static thread_local const Scratch<float> kept(kMostRows * (kMostDepth + kLine)), sums(kMostRows * 256);
+  static thread_local const Scratch<float> kept(kMostRows * (kMostDepth + kLine)), sums(kMostRows * kMostRank);
   for (int64_t row = 0; row < rows; row += kMostRows) {
     const int64_t some = std::min(kMostRows, rows - row);
     for (int64_t from = 0; from < depth; from += depths.size) {

@@ -30,6 +30,8 @@ struct Product {
       start;  // beside `add`, all of it optional: z [rows, r], e [r, columns] with padded rows, bias [columns]
 };
 
+constexpr int64_t kMostRank = 256;  // that scratch is made for
+
 bool usable();
 
 // Whether a product of these sizes is faster so than in the BLAS.

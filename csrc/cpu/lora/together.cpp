@@ -26,8 +26,8 @@ bool made_together(ScalarType type, int64_t rows, const std::vector<Layer>& laye
   if (type != ScalarType::Float && !must_widen(type)) return false;
   return std::all_of(layers.begin(), layers.end(), [&](const Layer& layer) {
     const int64_t d_out = layer.weight.size(0), d_in = layer.weight.size(1);
-    return layer.branch.A.scalar_type() != ScalarType::Double && gemm::worthwhile(rows, d_out, d_in) &&
-           gemm::worthwhile(rows, d_in, d_out);
+    return layer.branch.A.scalar_type() != ScalarType::Double && layer.branch.A.size(0) <= gemm::kMostRank &&
+           gemm::worthwhile(rows, d_out, d_in) && gemm::worthwhile(rows, d_in, d_out);
   });
 }
 

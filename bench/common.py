@@ -15,26 +15,64 @@ from typing import Any, TypeAlias, TypeVar
 import torch
 
 from mbf.run.bench import LEAST_ROUNDS
-from mbf.run.doctor import diagnose
+from mbf.run.doctor import diagnose, gpus
 
 BOTH_P = (0.0, 0.1)
 Case = TypeVar("Case")
 AddRow: TypeAlias = Callable[[Sequence[Any]], None]
 
 
-def facts() -> dict[str, Any]:
-    """What a figure was measured with; every benchmark here computes on the CPU."""
+def facts(device: str = "cpu") -> dict[str, Any]:
+    """What a figure was measured with, on the ``cpu`` or on torch's current ``cuda`` device."""
     found = diagnose()
     cpu = found["cpu"]
+    model = cpu["model"] or platform.processor() or "unknown"
+    if device == "cuda":
+        return {**found["versions"], **_gpu_facts(found["gpu"]), "cpu": model, "clocks before": clocks()}
     return {
         **found["versions"],
         "device": f"CPU {platform.machine()}",
-        "cpu": cpu["model"] or platform.processor() or "unknown",
+        "cpu": model,
         "simd": cpu["torch dispatches to"],
         "bf16": "native" if torch.ops.mkldnn._is_mkldnn_bf16_supported() else "emulated",
         "extension": found["compiled extension"]["reason"],
         "kernels": found["compiled extension"]["CPU kernels"] or "none",
     }
+
+
+def _gpu_facts(gpu: dict[str, Any]) -> dict[str, Any]:
+    properties = torch.cuda.get_device_properties()
+    return {
+        "device": properties.name,
+        "capability": f"{properties.major}.{properties.minor}",
+        "multiprocessors": properties.multi_processor_count,
+        "memory": f"{properties.total_memory / 2**30:.1f} GiB",
+        "L2": f"{properties.L2_cache_size / 2**20:g} MiB",
+        "driver": gpu["driver"],
+        "cuda": torch.version.cuda,
+        "triton": gpu["triton"],
+        "triton kernels": gpu["Triton kernels"],
+    }
+
+
+def clocks() -> str:
+    """The clocks of torch's current GPU now and at most, and its power limit."""
+    found = gpus(f"GPU-{torch.cuda.get_device_properties().uuid}")
+    return found[0].clocks if found else "not known: nvidia-smi is not there or does not list this GPU"
+
+
+def missing_gpu() -> str | None:
+    """Why ``--device cuda`` cannot be measured here and what to do, or None."""
+    if torch.cuda.is_available():
+        return None
+    listed = ", ".join(gpu.name for gpu in gpus()) or "no GPU"
+    if torch.version.cuda is None and torch.version.hip is None:
+        found = f"torch {torch.__version__}, which is built for CPUs only, and {listed} in nvidia-smi"
+        way = "install a build of torch for CUDA (https://pytorch.org/get-started/locally)"
+    else:
+        found = f"torch {torch.__version__}, which sees no GPU, and {listed} in nvidia-smi"
+        way = "run on a machine with a GPU and its driver, and let CUDA_VISIBLE_DEVICES name it or nothing"
+    return f"--device cuda: found {found}; {way}, or leave --device out to measure the CPU"
 
 
 def script_parser(description: str | None, row: str, budget: float) -> argparse.ArgumentParser:
@@ -67,15 +105,16 @@ def run_script(
     Args:
         script: the file's name in bench/.
         argv: the command line; None is that of the process.
-        arguments: parses it with a ``script_parser`` and adds the ``cases``.
+        arguments: parses it with a ``script_parser`` and adds the ``cases`` and, unless it is the CPU, the ``device``.
         measure: returns what ``report`` takes or, where a result is wrong, a list of words that say what.
         report: prints a case and adds its rows, which have ``columns``, to the CSV.
     """
     argv = sys.argv[1:] if argv is None else argv
     args = arguments(argv)
+    device = vars(args).get("device", "cpu")
     if args.threads:
         torch.set_num_threads(args.threads)
-    header = {**facts(), "command": " ".join([f"python bench/{script}", *argv])}
+    header = {**facts(device), "command": " ".join([f"python bench/{script}", *argv])}
     print("\n".join(f"{name}: {value}" for name, value in header.items()))
     status = 0
     with csv_rows(args.csv, columns, header) as add:
@@ -86,6 +125,12 @@ def run_script(
                 print(f"\n{case}   WRONG, not timed:\n  " + "\n  ".join(result), flush=True)
             else:
                 report(case, result, add)
+    if device == "cuda":
+        after = f"clocks after: {clocks()}"
+        print(f"\n{after}")
+        if args.csv:
+            with Path(args.csv).open("a", encoding="utf-8") as file:
+                file.write(f"# {after}\n")
     return status
 
 

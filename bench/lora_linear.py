@@ -6,6 +6,7 @@ PEFT's lora.Linear; ``peft-nocast``, the same with ``autocast_adapter_dtype=Fals
 ``peft-compiled`` with ``--compile``; ``mbf``, PEFT's layer after ``mbf.fuse``; and beside halves that the processor
 cannot multiply ``mbf-fp32``, the same on fp32 operands of its own. W is frozen, x needs a gradient.
 Run: ``python bench/lora_linear.py --claims``; without a choice of rows, a sweep of the shapes of SmolLM2 and Llama 3.
+``--device cuda`` is the same on a GPU, by default on Llama 3 8B in bf16; how it is timed there says ``cuda_timing.py``.
 
 Printed are medians of one call in microseconds, with quartiles in the CSV; ``over frozen`` is the ratio of medians,
 ``vs PEFT`` PEFT's median over the variant's (more is faster), ``peak MB`` what forward and backward allocate at most.
@@ -26,14 +27,16 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any, NamedTuple
 
+import cuda_timing
 import torch
-from common import BOTH_P, AddRow, quartiles, run_script, script_parser, table
+from common import BOTH_P, AddRow, missing_gpu, quartiles, run_script, script_parser, table
 from torch import Tensor
 from torch.nn import functional as F
 
 from mbf.ops import native_status
 from mbf.run.bench import Samples, sample, timed
 from mbf.run.layers import (
+    DTYPES,
     SCALE,
     Case,
     Kept,
@@ -85,6 +88,10 @@ QUICK = [
     *product(["192x576"], ["bf16"], [3], BOTH_P, [16]),
 ]
 
+# What an axis is where only others are given; on a GPU also all that is timed by default.
+CPU: tuple[Any, ...] = (["2048x2048"], ["fp32"], [16], BOTH_P, [512])
+CUDA: tuple[Any, ...] = (SHAPES["Llama-3-8B"], ["bf16"], [16, 64], BOTH_P, [2048, 8192])
+
 
 # -- the variants ------------------------------------------------------------------------------------------------------
 
@@ -129,7 +136,7 @@ def build(case: Case, given: Operands, compiled: bool) -> dict[str, Variant]:
         layer = peft_layer(given, case.p)
         variants["peft-compiled"] = Variant(torch.compile(layer.run, dynamic=False), layer.factors)
     variants |= {"in-place": in_place_layer(given, case.p), "mbf": fused_layer(given, case.p)}
-    if case.dtype != "fp32" and case.dtype not in native_status().kernels:
+    if given.x.device.type == "cpu" and case.dtype != "fp32" and case.dtype not in native_status().kernels:
         wide = draw(replace(case, dtype="fp32"))
         variants["mbf-fp32"] = fused_layer(wide, case.p)._replace(given=wide)
     return variants
@@ -178,24 +185,29 @@ def peak_mb(variant: Variant, given: Operands) -> float:
 class Result(NamedTuple):
     samples: Samples
     peaks: dict[str, float]
+    not_captured: dict[str, str]  # why, by variant; empty on the CPU
 
 
 def measure(case: Case, args: argparse.Namespace) -> Result | list[str]:
     """The row's times, or what is wrong with its results."""
     torch.seed()
-    given = draw(case)
+    given = draw(case, args.device)
     variants = build(case, given, args.compile)
     if found := check(variants, given, case.p):
         return found
+    if args.device == "cuda":
+        peaks = {name: cuda_timing.peak_mb(variant, given) for name, variant in variants.items()}
+        samples, notes = cuda_timing.sample(variants, given, args.rounds, args.budget)
+        return Result(samples, peaks, notes)
     samples = sample(variants, given, args.rounds, args.budget)
-    return Result(samples, {name: peak_mb(variant, given) for name, variant in variants.items()})
+    return Result(samples, {name: peak_mb(variant, given) for name, variant in variants.items()}, {})
 
 
 # -- the table ---------------------------------------------------------------------------------------------------------
 
 
 def report(case: Case, result: Result, add: AddRow) -> None:
-    (times, rounds, repeats), peaks = result
+    (times, rounds, repeats), peaks, not_captured = result
     stats = {
         (name, part): quartiles([1e6 * seconds[n] for seconds in times[name]])
         for name in times
@@ -203,28 +215,32 @@ def report(case: Case, result: Result, add: AddRow) -> None:
     }
     lines = []
     for name in times:
-        line = [name]
+        label = f"{name} (not captured)" if name in not_captured else name
+        line = [label]
         for part in PARTS:
             q1, median, q3 = stats[name, part]
             over, against = median / stats["frozen", part][1], stats["peft", part][1] / median
             us = [f"{t:.2f}" for t in (median, q1, q3)]
             ratios = [f"{over:.3f}", f"{against:.3f}"]
-            row = [case.shape, case.dtype, case.rank, case.p, case.tokens, name, part]
+            row = [case.shape, case.dtype, case.rank, case.p, case.tokens, label, part]
             add([*row, *us, *ratios, f"{peaks[name]:.2f}", rounds])
             line += [f"{median:.1f}", f"{over:.2f}"]
         lines.append([*line, f"{against:.2f}", f"{peaks[name]:.2f}"])
     print(f"\n{case}   {rounds} rounds of {repeats} call{'s' * (repeats > 1)}")
     heads = [head for part in PARTS for head in (f"{part} µs", "over frozen")]
     print(table(["", *heads, "vs PEFT", "peak MB"], lines), flush=True)
+    for name, why in not_captured.items():
+        print(f"{name} was not captured, so its launches are timed, too: {why}", flush=True)
 
 
 def arguments(argv: Sequence[str]) -> argparse.Namespace:
     parser = script_parser(__doc__, "row", budget=120.0)
     add = parser.add_argument
+    add("--device", choices=["cpu", "cuda"], default="cpu")
     add("--shape", action="append", metavar="INxOUT", help="d_in x d_out; may be repeated, as the next three may")
     add("--rank", action="append", type=int)
     add("--tokens", action="append", type=int, help="rows of x")
-    add("--dtype", action="append", choices=["fp32", "bf16"])
+    add("--dtype", action="append", choices=[*DTYPES])
     rows = parser.add_mutually_exclusive_group()
     rows.add_argument("--claims", action="store_true", help="only the rows that the README claims")
     rows.add_argument("--quick", action="store_true", help="a few small rows")
@@ -234,8 +250,10 @@ def arguments(argv: Sequence[str]) -> argparse.Namespace:
         parser.error(
             "--claims and --quick choose the rows; give no --shape, --rank, --p, --tokens or --dtype with them"
         )
-    defaults: tuple[Any, ...] = (["2048x2048"], ["fp32"], [16], BOTH_P, [512])
-    args.cases = CLAIMS if args.claims else QUICK if args.quick else list(dict.fromkeys(SWEEP))
+    if args.device == "cuda" and (missing := missing_gpu()):
+        parser.error(missing)
+    defaults, sweep = (CUDA, product(*CUDA)) if args.device == "cuda" else (CPU, list(dict.fromkeys(SWEEP)))
+    args.cases = CLAIMS if args.claims else QUICK if args.quick else sweep
     if any(axes):
         args.cases = product(*(given or default for given, default in zip(axes, defaults, strict=True)))
     return args

@@ -19,7 +19,8 @@ from mbf.ops import use_backend
 if TYPE_CHECKING:
     from mbf import continual, peft
     from mbf.continual import ContinualLora, TaskError
-    from mbf.peft import FuseReport, fuse, fused, unfuse
+    from mbf.peft.fuse import fuse, fused, unfuse
+    from mbf.peft.report import FuseReport
 
 try:
     __version__ = version("mbf")

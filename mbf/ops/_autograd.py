@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
+from mbf.ops._gpu import entrance
 from mbf.ops._library import LIBRARY
 
 Outputs: TypeAlias = "Tensor | tuple[Tensor, Tensor]"
@@ -33,6 +34,7 @@ def differentiable(
         backward: called with ctx and y's gradient, and in graphs with h's, which is None.
     """
     operator = getattr(torch.ops.mbf, name).default
+    compute = entrance(name)
     differentiable_once = once_differentiable(backward)
 
     def setup_in_graph(ctx: Any, inputs: tuple[Any, ...], output: Outputs) -> None:
@@ -44,7 +46,7 @@ def differentiable(
 
     def eager_forward(ctx: Any, *inputs: Any) -> Tensor:
         with torch._C._AutoDispatchBelowAutograd():
-            outputs = operator(*inputs)
+            outputs = compute(*inputs)
         setup_context(ctx, inputs, outputs)
         return _first(outputs)
 
@@ -65,7 +67,7 @@ def differentiable(
             return _first(operator(*inputs))
         if not torch.is_grad_enabled():
             with torch._C._AutoDispatchBelowAutograd():
-                return _first(operator(*inputs))
+                return _first(compute(*inputs))
         if torch._C._are_functorch_transforms_active():
             return function.apply(*inputs)
         return apply(*inputs)

@@ -1,8 +1,9 @@
 """The operator library ``mbf``: schemas, the compiled extension, and the one override of the dispatch.
 
-Every file beside this one defines its operator here once, with a reference that runs on any device. The compiled
-extension ``mbf._C`` (``csrc/ops.cpp``) registers faster kernels for the same operators under the CPU and CUDA keys, so
-choosing an implementation is torch's own dispatch. Nothing here imports triton or needs a compiler.
+Every file beside this one defines its operator here once, with a reference that runs on any device. Faster kernels for
+the same operators are registered under the CPU key by the compiled extension ``mbf._C`` (``csrc/ops.cpp``), and under
+the CUDA key, which is ROCm's, too, by ``_gpu``; so choosing an implementation is torch's own dispatch. Nothing here
+imports triton or needs a compiler.
 """
 
 from __future__ import annotations
@@ -14,6 +15,8 @@ from types import TracebackType
 from typing import Any, Literal, NamedTuple
 
 import torch
+
+from mbf.ops._gpu import serve
 
 LIBRARY = torch.library.Library("mbf", "DEF")
 LIBRARY.define("cpu_kernels() -> str")
@@ -58,15 +61,20 @@ def native_status() -> NativeStatus:
     return _native
 
 
-def define(schema: str, reference: Callable[..., Any], fake: Callable[..., Any]) -> None:
+def define(
+    schema: str, reference: Callable[..., Any], fake: Callable[..., Any], gpu: Callable[..., Any] | None = None
+) -> None:
     """Define operator ``mbf::<schema>`` with its reference for every device and its fake (shape-only) kernel.
 
-    A kernel of the compiled extension for the same operator takes precedence on its device.
+    A kernel of the compiled extension for the same operator takes precedence on its device, and ``gpu`` does on GPUs:
+    it imports its part of ``mbf.kernels`` when it is called, and returns NotImplemented for what that doesn't compute.
     """
     name = schema.split("(", 1)[0]
     LIBRARY.define(schema, tags=(torch.Tag.pt2_compliant_tag,))
     LIBRARY.impl(name, reference, "CompositeExplicitAutograd")
     torch.library.register_fake(f"mbf::{name}", fake, lib=LIBRARY)
+    if gpu is not None:
+        serve(LIBRARY, name, gpu, reference)
 
 
 def reference_only() -> bool:

@@ -7,7 +7,7 @@ from typing import NamedTuple, TypeVar
 import torch
 from torch import Tensor
 
-from mbf.ops.philox import check_p, draw_seed, seed_tensor
+from mbf.ops.philox import check_p, draw_seed, keep_scale, seed_tensor, threshold
 
 MaybeTensor = TypeVar("MaybeTensor", Tensor, "Tensor | None")
 
@@ -34,6 +34,16 @@ class Branch(NamedTuple):
     def tensors(self) -> tuple[Tensor | None, ...]:
         """The operands that can have a gradient, in order."""
         return self.A, self.B, self.gate, self.mix, self.merged_B, self.merge_weight
+
+    @property
+    def least(self) -> int:
+        """The least half-word of the mask that is kept."""
+        return threshold(self.dropout_p)
+
+    @property
+    def keep_scale(self) -> float:
+        """What dropout multiplies a kept element by."""
+        return keep_scale(self.dropout_p)
 
 
 def autocasts(x: Tensor) -> bool:

@@ -9,6 +9,7 @@ from torch import Tensor
 
 from mbf.ops import _branch
 from mbf.ops._autograd import differentiable
+from mbf.ops._gpu import entrance
 from mbf.ops._library import define, reference_only
 from mbf.ops._operands import SCHEMA, Branch, autocast_to, autocasts, prepare
 from mbf.ops.philox import dropout
@@ -74,12 +75,26 @@ def _backward_fake(dy: Tensor, h: Tensor, x: Tensor | None, *operands: Any) -> t
     return _branch.asked_like((x, *branch.tensors), needs)
 
 
-define(f"lora_accumulate(Tensor y, Tensor x, {SCHEMA}) -> (Tensor, Tensor)", _forward, _forward_fake)
+def _forward_gpu(y: Tensor, x: Tensor, *operands: Any) -> Any:
+    from mbf.kernels import lora_accumulate as kernels
+
+    return kernels.forward(y, x, Branch(*operands))
+
+
+def _backward_gpu(dy: Tensor, h: Tensor, x: Tensor | None, *operands: Any) -> Any:
+    from mbf.kernels import lora_accumulate as kernels
+
+    *rest, needs = operands
+    return kernels.backward(dy, h, x, Branch(*rest), needs)
+
+
+define(f"lora_accumulate(Tensor y, Tensor x, {SCHEMA}) -> (Tensor, Tensor)", _forward, _forward_fake, _forward_gpu)
 define(
     f"lora_accumulate_backward(Tensor dy, Tensor h, Tensor? x, {SCHEMA}, bool[] needs) "
     "-> (Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor)",
     _backward,
     _backward_fake,
+    _backward_gpu,
 )
 
 
@@ -97,7 +112,7 @@ def _autograd_backward(ctx: Any, dy: Tensor | None, _: Tensor | None = None) -> 
     return (dy, *_branch.spread(_backward_operator(dy, h, x, *operands, _branch.needs(ctx, 2)[1:])))
 
 
-_backward_operator = torch.ops.mbf.lora_accumulate_backward.default
+_backward_operator = entrance("lora_accumulate_backward")
 _enter = differentiable("lora_accumulate", _setup_context, _autograd_backward)
 
 

@@ -15,6 +15,7 @@ from torch.autograd.function import once_differentiable
 from torch.nn import functional as F
 
 from mbf.ops import _branch
+from mbf.ops._gpu import entrance
 from mbf.ops._library import define, reference_only
 from mbf.ops._operands import Branch, autocast_to, autocasts, prepare
 from mbf.ops.lora_linear import LoraTerms, _check_base, lora_linear, lora_linear_ref
@@ -213,12 +214,37 @@ def _backward_fake(
     return list(_branch.packed_fake(hs[0], wanted, needs))
 
 
-define(f"lora_group(Tensor x, Tensor[] weights, Tensor?[] biases, {SCHEMA}) -> Tensor[]", _forward, _forward_fake)
+def _forward_gpu(x: Tensor, weights: list[Tensor], biases: list[Tensor | None], *lists: Any) -> Any:
+    from mbf.kernels import lora_group as kernels
+
+    found = kernels.forward(x, weights, biases, branches(lists))
+    return found if found is NotImplemented else [*found[0], *found[1]]
+
+
+def _backward_gpu(
+    dys: list[Tensor | None], hs: list[Tensor], x: Tensor | None, weights: list[Tensor], *lists_and_needs: Any
+) -> Any:
+    from mbf.kernels import lora_group as kernels
+
+    *lists, needs = lists_and_needs
+    found = kernels.backward(dys, hs, x, weights, branches(lists), needs)
+    return found if found is NotImplemented else list(_branch.packed(hs[0], found))
+
+
+define(
+    f"lora_group(Tensor x, Tensor[] weights, Tensor?[] biases, {SCHEMA}) -> Tensor[]",
+    _forward,
+    _forward_fake,
+    _forward_gpu,
+)
 define(
     f"lora_group_backward(Tensor?[] dys, Tensor[] hs, Tensor? x, Tensor[] weights, {SCHEMA}, bool[] needs) -> Tensor[]",
     _backward,
     _backward_fake,
+    _backward_gpu,
 )
+_forward_operator = entrance("lora_group")
+_backward_operator = entrance("lora_group_backward", 1)
 
 
 class LoraGroup(torch.autograd.Function):
@@ -241,14 +267,14 @@ class LoraGroup(torch.autograd.Function):
         given, (x, *hs) = saved(ctx)
         used = [dy is not None for dy in dys for _ in range(GRADIENTS)]
         needs = [need_x, *(need and use for need, use in zip(of_branches, used, strict=True))]
-        gradients = torch.ops.mbf.lora_group_backward.default(dys, hs, x, given.weights, *given.branch, needs)
+        gradients = _backward_operator(dys, hs, x, given.weights, *given.branch, needs)
         dx, *rest = (gradient if need else None for gradient, need in zip(gradients, needs, strict=True))
         return (dx, None, *rest)
 
 
 def _below_autograd(x: Tensor, given: Operands) -> list[Tensor]:
     with torch._C._AutoDispatchBelowAutograd():
-        return torch.ops.mbf.lora_group.default(x, *given[:2], *given.branch)
+        return _forward_operator(x, *given[:2], *given.branch)
 
 
 # -- the face ----------------------------------------------------------------------------------------------------------

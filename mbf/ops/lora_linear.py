@@ -4,12 +4,12 @@ from __future__ import annotations
 
 from typing import Any, NamedTuple
 
-import torch
 from torch import Tensor
 from torch.nn import functional as F
 
 from mbf.ops import _branch
 from mbf.ops._autograd import differentiable
+from mbf.ops._gpu import entrance
 from mbf.ops._library import define, reference_only
 from mbf.ops._operands import SCHEMA, Branch, autocast_to, autocasts, prepare
 from mbf.ops.lora_accumulate import lora_accumulate_ref
@@ -76,6 +76,19 @@ def _backward_fake(
     return _branch.asked_like((like_x, weight, like_bias, *Branch(*rest).tensors), needs)
 
 
+def _forward_gpu(x: Tensor, weight: Tensor, bias: Tensor | None, *operands: Any) -> Any:
+    from mbf.kernels import lora_linear as kernels
+
+    return kernels.forward(x, weight, bias, Branch(*operands))
+
+
+def _backward_gpu(dy: Tensor, h: Tensor, x: Tensor | None, weight: Tensor, *operands: Any) -> Any:
+    from mbf.kernels import lora_linear as kernels
+
+    *rest, needs = operands
+    return kernels.backward(dy, h, x, weight, Branch(*rest), needs)
+
+
 def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:
     x, weight, _, *operands = inputs
     asked = ctx.needs_input_grad
@@ -89,14 +102,20 @@ def _autograd_backward(ctx: Any, dy: Tensor | None, _: Tensor | None = None) -> 
     return _branch.spread(_backward_operator(dy, h, x, weight, *operands, _branch.needs(ctx, 3)))
 
 
-define(f"lora_linear(Tensor x, Tensor weight, Tensor? bias, {SCHEMA}) -> (Tensor, Tensor)", _forward, _forward_fake)
+define(
+    f"lora_linear(Tensor x, Tensor weight, Tensor? bias, {SCHEMA}) -> (Tensor, Tensor)",
+    _forward,
+    _forward_fake,
+    _forward_gpu,
+)
 define(
     f"lora_linear_backward(Tensor dy, Tensor h, Tensor? x, Tensor weight, {SCHEMA}, bool[] needs) -> "
     "(Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor)",
     _backward,
     _backward_fake,
+    _backward_gpu,
 )
-_backward_operator = torch.ops.mbf.lora_linear_backward.default
+_backward_operator = entrance("lora_linear_backward")
 _enter = differentiable("lora_linear", _setup_context, _autograd_backward)
 
 

@@ -20,6 +20,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from mbf.ops import _branch
+from mbf.ops._gpu import entrance
 from mbf.ops._library import define, reference_only
 from mbf.ops._operands import autocast_to, autocasts
 from mbf.ops.lora_group import (
@@ -117,17 +118,36 @@ def _backward_fake(dy: Tensor, x: Tensor, g: Any, u: Any, hs: Any, weights: Any,
     return list(_branch.packed_fake(dy, [x, *of_layers], needs))
 
 
+def _forward_gpu(x: Tensor, weights: list[Tensor], biases: list[Tensor | None], *rest: Any) -> Any:
+    from mbf.kernels import lora_mlp as kernels
+
+    *lists, activation, recompute = rest
+    return kernels.forward(x, weights, biases, branches(lists), activation, recompute)
+
+
+def _backward_gpu(dy: Tensor, x: Tensor, g: Any, u: Any, hs: Any, weights: Any, biases: Any, *rest: Any) -> Any:
+    from mbf.kernels import lora_mlp as kernels
+
+    *lists, activation, needs = rest
+    found = kernels.backward(dy, x, g, u, hs, weights, biases, branches(lists), activation, needs)
+    return found if found is NotImplemented else list(_branch.packed(dy, found))
+
+
 define(
     f"lora_mlp(Tensor x, Tensor[] weights, Tensor?[] biases, {SCHEMA}, str activation, bool recompute) -> Tensor[]",
     _forward,
     _forward_fake,
+    _forward_gpu,
 )
 define(
     "lora_mlp_backward(Tensor dy, Tensor x, Tensor? g, Tensor? u, Tensor[] hs, Tensor[] weights, Tensor?[] biases, "
     f"{SCHEMA}, str activation, bool[] needs) -> Tensor[]",
     _backward,
     _backward_fake,
+    _backward_gpu,
 )
+_forward_operator = entrance("lora_mlp")
+_backward_operator = entrance("lora_mlp_backward")
 
 
 class LoraMlp(torch.autograd.Function):
@@ -151,16 +171,14 @@ class LoraMlp(torch.autograd.Function):
         need_x, _, _, _, *of_branches = ctx.needs_input_grad
         needs = [need_x, *of_branches]
         given, (x, g, u, *hs) = saved(ctx)
-        gradients = torch.ops.mbf.lora_mlp_backward.default(
-            dy, x, g, u, hs, *given[:2], *given.branch, ctx.activation, needs
-        )
+        gradients = _backward_operator(dy, x, g, u, hs, *given[:2], *given.branch, ctx.activation, needs)
         dx, *rest = (gradient if need else None for gradient, need in zip(gradients, needs, strict=True))
         return (dx, None, None, None, *rest)
 
 
 def _below_autograd(x: Tensor, given: Operands, activation: str, recompute: bool) -> list[Tensor]:
     with torch._C._AutoDispatchBelowAutograd():
-        return torch.ops.mbf.lora_mlp.default(x, *given[:2], *given.branch, activation, recompute)
+        return _forward_operator(x, *given[:2], *given.branch, activation, recompute)
 
 
 # -- the face ----------------------------------------------------------------------------------------------------------

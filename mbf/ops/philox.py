@@ -87,10 +87,17 @@ def dropout_mask_ref(seed: Tensor, shape: Sequence[int], p: float) -> Tensor:
     return keep.flatten()[:size].clone().view(shape) if size % 8 else keep.view(shape)
 
 
+def _mask_gpu(seed: Tensor, shape: Sequence[int], p: float) -> Tensor:
+    from mbf.kernels import philox as kernels
+
+    return kernels.dropout_mask(seed, shape, threshold(p))
+
+
 define(
     "dropout_mask(Tensor seed, SymInt[] shape, float p) -> Tensor",
     dropout_mask_ref,
     lambda seed, shape, p: seed.new_empty(shape, dtype=torch.bool),
+    _mask_gpu,
 )
 
 

@@ -193,7 +193,7 @@ def sample(variants: Mapping[str, Variant], given: Operands, rounds: int, budget
     for run in runs(1).values():
         run()
     once = {name: run()[-1] for name, run in runs(1).items()}
-    repeats = min(50, math.ceil(_SAMPLE_SECONDS / once["frozen"]))
+    repeats = repeats_for(once["frozen"])
     rounds = rounds_within(budget, repeats * sum(once.values()), rounds)
     return Samples(interleave(runs(repeats), rounds, given.refresh), rounds, repeats)
 
@@ -213,6 +213,11 @@ def timed(variant: Variant, given: Operands, repeats: int) -> tuple[float, ...]:
         backward += end - between
         del y, gradients
     return forward / repeats, backward / repeats, (forward + backward) / repeats
+
+
+def repeats_for(frozen: float) -> int:
+    """How many calls make a sample, given the seconds that one of the frozen layer takes."""
+    return min(50, math.ceil(_SAMPLE_SECONDS / frozen))
 
 
 def rounds_within(budget: float, one_round: float, wanted: int) -> int:

@@ -1,4 +1,4 @@
-"""What this installation has: versions, the compiled extension, the machine, the cache."""
+"""What this installation has: versions, the compiled extension, the machine, its GPUs, the cache."""
 
 from __future__ import annotations
 
@@ -6,13 +6,16 @@ import importlib.util
 import os
 import platform
 import shutil
+import subprocess
+import warnings
 from importlib.metadata import version
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 
 from mbf.ops import native_status
+from mbf.ops._gpu import obstacle
 from mbf.run.versions import versions
 from mbf.streams.fetch import cache_dir
 
@@ -65,12 +68,61 @@ def _cpuinfo(key: str) -> str | None:
 
 
 def _gpu() -> dict[str, Any]:
+    found = gpus()
     return {
         "torch is built for CUDA": torch.version.cuda,
-        "driver": shutil.which("nvidia-smi"),
+        "torch sees": [torch.cuda.get_device_name(index) for index in range(torch.cuda.device_count())],
+        "nvidia-smi sees": [f"{gpu.name}, compute capability {gpu.capability}, {gpu.memory}" for gpu in found],
+        "driver": found[0].driver if found else None,
+        "clocks": [gpu.clocks for gpu in found],
         "nvcc": shutil.which("nvcc"),
         "triton": version("triton") if importlib.util.find_spec("triton") else None,
+        "Triton kernels": _triton_kernels(),
     }
+
+
+class Gpu(NamedTuple):
+    """A GPU in the words of nvidia-smi."""
+
+    name: str
+    capability: str
+    memory: str
+    driver: str
+    clocks: str
+
+
+_QUERY = (
+    *("name", "compute_cap", "memory.total", "driver_version"),
+    *("clocks.sm", "clocks.max.sm", "clocks.mem", "clocks.max.mem", "power.limit"),
+)
+
+
+def gpus(uuid: str | None = None) -> list[Gpu]:
+    """The GPUs that nvidia-smi lists, or that of ``uuid``; none where there is no nvidia-smi or it fails."""
+    command = ["nvidia-smi", f"--query-gpu={','.join(_QUERY)}", "--format=csv,noheader"]
+    if uuid is not None:
+        command.append(f"--id={uuid}")
+    try:
+        done = subprocess.run(command, check=True, capture_output=True, text=True, timeout=30)
+    except (OSError, subprocess.SubprocessError):
+        return []
+    found = []
+    for line in done.stdout.splitlines():
+        values = [value.strip() for value in line.split(",")]
+        if len(values) != len(_QUERY):
+            continue
+        name, capability, memory, driver, sm, max_sm, mem, max_mem, power = values
+        clocks = f"SM {sm} of {max_sm}, memory {mem} of {max_mem}, power limit {power}"
+        found.append(Gpu(name, capability, memory, driver, clocks))
+    return found
+
+
+def _triton_kernels() -> str:
+    """Whether the kernels can be used, said here and not in a warning."""
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        reason = obstacle()
+    return f"cannot be used: {reason}" if reason else "can serve a GPU"
 
 
 def _cache(folder: Path) -> dict[str, Any]:

@@ -17,6 +17,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from mbf.ops import draw_seed, dropout_mask
+from mbf.ops._gpu import launches, obstacle
 from mbf.ops.philox import keep_scale
 from mbf.peft import calls, fuse
 
@@ -67,14 +68,18 @@ class Operands(NamedTuple):
             self.dy.normal_()
 
 
-def draw(case: Case) -> Operands:
-    """Random operands from torch's default generator."""
+def draw(case: Case, device: str = "cpu") -> Operands:
+    """Random operands from torch's default generator of ``device``."""
     dtype = DTYPES[case.dtype]
-    W = nn.Parameter((torch.randn(case.d_out, case.d_in) / case.d_in**0.5).to(dtype), requires_grad=False)
-    A = (torch.randn(case.rank, case.d_in) / case.d_in**0.5).to(dtype).float()
-    B = (torch.randn(case.d_out, case.rank) / case.rank**0.5).to(dtype).float()
-    x = torch.randn(case.tokens, case.d_in).to(dtype).requires_grad_()
-    return Operands(W, A, B, x, torch.randn(case.tokens, case.d_out).to(dtype))
+
+    def normal(rows: int, columns: int) -> Tensor:
+        return torch.randn(rows, columns, device=device)
+
+    W = nn.Parameter((normal(case.d_out, case.d_in) / case.d_in**0.5).to(dtype), requires_grad=False)
+    A = (normal(case.rank, case.d_in) / case.d_in**0.5).to(dtype).float()
+    B = (normal(case.d_out, case.rank) / case.rank**0.5).to(dtype).float()
+    x = normal(case.tokens, case.d_in).to(dtype).requires_grad_()
+    return Operands(W, A, B, x, normal(case.tokens, case.d_out).to(dtype))
 
 
 # -- the variants ------------------------------------------------------------------------------------------------------
@@ -129,7 +134,7 @@ class Kept(NamedTuple):
 
 
 def problems(fused: Variant, given: Operands, p: float) -> list[str]:
-    """What the fused layer computes wrong, dropout included, and whether it was left to PEFT."""
+    """What the fused layer computes wrong, dropout included, and whether it was left to PEFT or to plain torch."""
 
     def drop() -> Kept:
         return Kept(dropout_mask(draw_seed(given.x.device), given.x.shape, p), keep_scale(p))
@@ -138,11 +143,19 @@ def problems(fused: Variant, given: Operands, p: float) -> list[str]:
     found = wrong(fused, given, drop if p else None)
     if calls["slow"] != before["slow"] or calls["fast"] == before["fast"]:
         found.append("the layer was left to PEFT")
+    elif given.x.is_cuda and not _launches(fused, given.x):
+        found.append(f"the layer was left to plain torch: {obstacle() or 'the Triton kernels declined it'}")
     return found
 
 
+def _launches(fused: Variant, x: Tensor) -> int:
+    """How many Triton kernels a forward launches; 0 where they cannot be used."""
+    with _seeded(x.device):
+        return len(launches(lambda: fused.run(x)))
+
+
 def wrong(variant: Variant, given: Operands, drop: Callable[[], Kept] | None) -> list[str]:
-    """What of y and the gradients is off by the rule of ``failures``; torch's default generator is left as it was.
+    """What of y and the gradients is off by the rule of ``failures``; torch's default generators are left as they were.
 
     Args:
         drop: draws from the generator what one forward of the variant draws, and returns what that forward keeps; None
@@ -150,9 +163,9 @@ def wrong(variant: Variant, given: Operands, drop: Callable[[], Kept] | None) ->
     """
     x, dy = given.x, given.dy
     inputs = (x, *variant.factors)
-    with _seeded():
+    with _seeded(x.device):
         masks = [drop(), drop()] if drop else [None]
-    with _seeded():
+    with _seeded(x.device):
         got = _results(variant.run(x), inputs, dy)
         again = [{"y": variant.run(x).detach()} for _ in masks[1:]]
     leaves = tuple(tensor.detach().double().requires_grad_() for tensor in inputs)
@@ -206,8 +219,11 @@ def _results(y: Tensor, inputs: Sequence[Tensor], dy: Tensor) -> dict[str, Tenso
 
 
 @contextmanager
-def _seeded() -> Iterator[None]:
-    """The same draws of torch's generator of the CPU in every block, and no trace of them after it."""
-    with torch.random.fork_rng(devices=[]):
+def _seeded(device: torch.device) -> Iterator[None]:
+    """The same draws of torch's generators, ``device``'s included, in every block, and no trace of them after it."""
+    gpus = [device] if device.type == "cuda" else []
+    with torch.random.fork_rng(devices=gpus):
         torch.default_generator.manual_seed(1)
+        if gpus:
+            torch.cuda.manual_seed(1)
         yield

@@ -52,7 +52,8 @@ def test_published_vectors(counter: str, key: str, expected: str) -> None:
 
 def scalar_half_word(seed: int, i: int) -> int:
     """What the mask's element ``i`` is decided by, as documented."""
-    block = scalar_philox([i // 8, 0, 0, 0], [seed & 0xFFFFFFFF, (seed >> 32) & 0xFFFFFFFF])
+    j = i // 8
+    block = scalar_philox([j & 0xFFFFFFFF, j >> 32, 0, 0], [seed & 0xFFFFFFFF, (seed >> 32) & 0xFFFFFFFF])
     return block[i % 8 // 2] >> (16 * (i % 2)) & 0xFFFF
 
 

@@ -1,8 +1,13 @@
-"""``mbf bench`` at tiny sizes: what it prints, that it refuses a wrong layer, and what it says to bad values."""
+"""``mbf bench`` at tiny sizes: what it prints, that it refuses a wrong layer, and what it says to bad values.
+
+Of ``bench/lora_linear.py``, the long form: what ``--device cuda`` chooses, prints and says where there is no GPU.
+"""
 
 from __future__ import annotations
 
 import re
+from argparse import Namespace
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -12,8 +17,9 @@ from typer.testing import CliRunner
 from mbf.cli.app import app
 from mbf.cli.errors import FAILURE, USER
 from mbf.ops import draw_seed, lora_linear, native_status
-from mbf.run.bench import RANKS, Case, bench
+from mbf.run.bench import RANKS, Case, Samples, bench
 from mbf.run.bench import _cases as cases
+from mbf.run.layers import Variant, _launches
 
 TINY = ("--tokens", "8", "--rounds", "2", "--shape", "16x24", "--rank", "4")
 RATIO = re.compile(r"\d+\.\d\d\b")
@@ -149,6 +155,25 @@ def test_a_layer_left_to_peft_has_no_ratio(monkeypatch: pytest.MonkeyPatch) -> N
     assert [(row.milliseconds, row.problems) for row in report.rows] == [({}, ("the layer was left to PEFT",))]
 
 
+def test_launches_are_counted() -> None:
+    pytest.importorskip("triton")
+    from mbf.kernels._launch import launch
+
+    def twice(x: torch.Tensor) -> torch.Tensor:
+        launch(twice, (1,), x)
+        launch(twice, (1,), x)
+        return x
+
+    x = torch.zeros(1)
+    assert _launches(Variant(twice, ()), x) == 2
+    assert _launches(Variant(torch.clone, ()), x) == 0
+
+
+def test_no_launches_without_triton(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("mbf.ops._gpu.obstacle", lambda: "no triton")
+    assert _launches(Variant(lambda x: pytest.fail("needless"), ()), torch.zeros(1)) == 0
+
+
 # -- bad values ----------------------------------------------------------------------------------------------------
 
 
@@ -175,3 +200,70 @@ def test_a_bad_value_is_one_line(option: str, value: str, wanted: str) -> None:
     assert result.stdout == ""
     (line,) = result.stderr.splitlines()
     assert line.startswith(f"mbf: {option}: found ") and value in line and wanted in line
+
+
+# -- bench/lora_linear.py on a GPU --------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("built", "found", "way"),
+    [(None, "built for CPUs only", "install a build of torch for CUDA"), ("13.0", "sees no GPU", "with a GPU and its")],
+)
+def test_without_a_gpu_it_is_one_error(
+    bench_file: Any, monkeypatch: pytest.MonkeyPatch, capsys: Any, built: str | None, found: str, way: str
+) -> None:
+    script = bench_file("lora_linear")
+    monkeypatch.setattr(torch.version, "cuda", built)
+    monkeypatch.setattr(torch.version, "hip", None)
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    with pytest.raises(SystemExit) as stopped:
+        script.main(["--device", "cuda", "--quick"])
+    printed = capsys.readouterr()
+    assert stopped.value.code == 2 and printed.out == ""
+    error = printed.err.splitlines()[-1]
+    assert f"--device cuda: found torch {torch.__version__}" in error and found in error and way in error
+
+
+def test_rows_of_a_gpu(bench_file: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    script = bench_file("lora_linear")
+    monkeypatch.setattr(script, "missing_gpu", lambda: None)
+    cases = script.arguments(["--device", "cuda"]).cases
+    assert {case.shape for case in cases} == {"4096x4096", "4096x1024", "4096x14336", "14336x4096"}
+    assert {case[1:] for case in ((0, c.rank, c.p, c.tokens, c.dtype) for c in cases)} == {
+        (rank, p, tokens, "bf16") for rank in (16, 64) for p in (0.0, 0.1) for tokens in (2048, 8192)
+    }
+    assert len(cases) == len(set(cases)) == 32
+    chosen = script.arguments(["--device=cuda", "--dtype=fp16", "--shape=64x96", "--rank=8", "--p=0"]).cases
+    assert chosen == [Case(64, 96, 8, 0.0, tokens, "fp16") for tokens in (2048, 8192)]
+    assert script.arguments(["--rank", "8"]).cases == [Case(2048, 2048, 8, p, 512, "fp32") for p in (0.0, 0.1)]
+
+
+def test_clocks_stand_before_and_after(
+    bench_file: Any, monkeypatch: pytest.MonkeyPatch, capsys: Any, tmp_path: Path
+) -> None:
+    common = bench_file("common")
+    asked = []
+    monkeypatch.setattr(common, "facts", lambda device: asked.append(device) or {"clocks before": "slow"})
+    monkeypatch.setattr(common, "clocks", lambda: "fast")
+    target = tmp_path / "rows.csv"
+    args = Namespace(device="cuda", threads=None, csv=str(target), cases=["one"])
+    status = common.run_script(
+        "x.py", [], lambda argv: args, lambda case, args: 7, lambda case, result, add: add([case, result]), ["a", "b"]
+    )
+    assert status == 0 and asked == ["cuda"]
+    assert capsys.readouterr().out.splitlines()[0::3] == ["clocks before: slow", "clocks after: fast"]
+    notes, rows = common.read_csv(target)
+    assert notes == {"clocks before": "slow", "command": "python bench/x.py", "clocks after": "fast"}
+    assert rows == [{"a": "one", "b": "7"}]
+
+
+def test_what_was_not_captured_is_marked(bench_file: Any, capsys: Any) -> None:
+    script = bench_file("lora_linear")
+    times = {"frozen": [(1.0, 1.0, 2.0)] * 3, "peft": [(2.0, 2.0, 4.0)] * 3}
+    result = script.Result(Samples(times, 3, 1), {"frozen": 1.0, "peft": 2.0}, {"peft": "ValueError: it waits"})
+    rows: list[Any] = []
+    script.report(Case(64, 96, 4, 0.1, 33, "bf16"), result, rows.append)
+    assert [row[5] for row in rows[::3]] == ["frozen", "peft (not captured)"]
+    lines = capsys.readouterr().out.splitlines()
+    assert lines[-2].startswith("peft (not captured) ") and lines[-3].startswith("frozen ")
+    assert lines[-1] == "peft was not captured, so its launches are timed, too: ValueError: it waits"

@@ -1,0 +1,586 @@
+"""Claim: the Triton kernels move few bytes beyond those of the base product. Bytes are counted, no time is measured.
+
+``mbf`` runs under Triton's interpreter on the CPU: what a kernel loads and stores is the sum of the masks of its loads
+and stores times the size of an element. From which memory or cache of a GPU it would come makes no difference, so what
+several programs load counts several times. Of torch's operators, those of PEFT and those that mbf calls beside its
+kernels, each tensor argument counts as read and each result as written, but once an operator; views and allocations
+move nothing. Left out on every side are the products with the frozen weight W (what the sum of such a product and an
+accumulator reads of the accumulator is counted).
+
+Peers: ``peft``, PEFT's lora.Linear with its fp32 A and B; ``peft-nocast``, the same with A and B in x's dtype;
+``in-place``, three in-place torch calls with a stored mask; ``frozen``, the layers without adapter, which move bytes
+here only where autograd sums the gradients of an x that several layers share. They run on meta tensors, dropout by
+``native_dropout``, the operator that torch takes on a GPU. ``passes`` is what mbf's passes would move if each read or
+wrote x, y, dy and dx once and nothing else: x, y, y forward, dy, x, dx, dx backward. ``ideal`` is what remains if the
+base product did the rest: x forward, dy and x backward. x is bf16; W is frozen, x needs a gradient.
+
+A layer is written d_in x d_out, layers that share x d_in x d_out+d_out+...; bytes per element are bytes over
+tokens * (d_in + d_out) / 2, summed over the layers. Before a row is printed, y and every gradient of mbf are held
+against fp64.
+
+Run: ``python bench/traffic.py --csv bench/results/traffic.csv``, then ``python bench/traffic.py --draw
+bench/results/traffic.csv`` for docs/images/traffic.png.
+"""
+
+from __future__ import annotations
+
+import argparse
+import itertools
+import math
+import os
+import sys
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, NamedTuple
+from unittest.mock import patch
+
+os.environ["TRITON_INTERPRET"] = "1"  # read when triton and the kernels are imported
+
+import torch
+from common import BOTH_P, AddRow, read_csv, run_script, table
+from lora_linear import in_place_layer
+from matplotlib.axes import Axes
+from matplotlib.backends.backend_agg import FigureCanvasAgg
+from matplotlib.figure import Figure
+from matplotlib.patches import Patch
+from mbf.kernels import lora_group, lora_linear
+from plot import FAINT, GRID, INK, LOOKS
+from torch import Tensor, nn
+from torch.nn import functional as F
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
+from triton.runtime import interpreter
+from triton.runtime.interpreter import GridExecutor, InterpreterBuilder
+
+from mbf.ops import dropout_mask
+from mbf.ops._operands import Branch, prepare
+from mbf.ops.philox import keep_scale
+from mbf.run.layers import DTYPES, SCALE, Operands, Variant, failures, frozen_layer, peft_layer
+
+OUT = Path(__file__).resolve().parents[1] / "docs" / "images" / "traffic.png"
+PARTS = ("forward", "backward")
+COLUMNS = ["shape", "rank", "p", "tokens", "dtype", "factors", "variant", "part", "bytes", "per_element", "launches"]
+LAYERS = {
+    "4096x4096": "q, o",
+    "4096x1024": "k, v",
+    "4096x14336": "gate, up",
+    "14336x4096": "down",
+    "4096x4096+1024+1024": "q + k + v",
+    "4096x14336+14336": "gate + up",
+}  # of Llama-3-8B
+
+
+class Case(NamedTuple):
+    """One row of the benchmark; ``factors`` is the dtype of mbf's A and B, a key of ``DTYPES``."""
+
+    shape: str
+    rank: int
+    p: float
+    tokens: int
+    factors: str = "bf16"
+
+    @property
+    def sizes(self) -> list[tuple[int, int]]:
+        """(d_in, d_out) of every layer."""
+        d_in, outs = self.shape.split("x")
+        return [(int(d_in), int(d_out)) for d_out in outs.split("+")]
+
+    @property
+    def elements(self) -> float:
+        """The activation elements that bytes are divided by."""
+        return self.tokens * sum(map(sum, self.sizes)) / 2
+
+    def __str__(self) -> str:
+        name = f" ({LAYERS[self.shape]})" if self.shape in LAYERS else ""
+        return f"{self.shape}{name} r={self.rank} p={self.p:g} T={self.tokens} A, B {self.factors}"
+
+
+def product(
+    shapes: Sequence[str], ranks: Sequence[int], ps: Sequence[float], tokens: Sequence[int], factors: Sequence[str]
+) -> list[Case]:
+    return [Case(*one) for one in itertools.product(shapes, ranks, ps, tokens, factors)]
+
+
+CLAIM = Case("4096x4096", 16, 0.1, 8192)
+CASES = [*product(list(LAYERS), [16], [0.1], [1024], ["bf16"]), Case("4096x4096", 16, 0.0, 1024), CLAIM]
+QUICK = [Case("72x40", 3, 0.1, 70), Case("64x48+36", 8, 0.0, 33), Case("64x64", 16, 0.1, 64, "fp32")]
+
+
+# -- counting ----------------------------------------------------------------------------------------------------------
+
+
+@dataclass
+class Count:
+    """Of one kernel or operator: how often it was launched, and the bytes of all its launches."""
+
+    launches: int = 0
+    loaded: int = 0
+    stored: int = 0
+
+    @property
+    def moved(self) -> int:
+        return self.loaded + self.stored
+
+
+Counts = dict[str, Count]
+Result = dict[str, dict[str, Counts]]  # by variant, part, and kernel or operator
+_ALLOCATIONS = {"empty", "empty_like", "empty_strided", "new_empty", "new_empty_strided"}
+_OVERWRITING = {"copy_", "fill_", "zero_"}
+_PRODUCTS = {"mm", "addmm", "addmm_"}
+_ATOMICS = [name for name in vars(InterpreterBuilder) if name.startswith("create_atomic")]
+
+
+class Meter(TorchDispatchMode):
+    """Counts, part by part, what the kernels and operators called within it load and store.
+
+    Attributes:
+        part: the name of what is being counted.
+        counts: by part and by the name of the kernel or operator.
+    """
+
+    def __init__(self, weights: Iterable[Tensor]) -> None:
+        """
+        Args:
+            weights: products with them are not counted.
+        """
+        super().__init__()
+        self.part = PARTS[0]
+        self.counts: dict[str, Counts] = {part: {} for part in PARTS}
+        self._weights = {_storage(weight) for weight in weights}
+        self._kernel: Count | None = None
+
+    def _of(self, name: str) -> Count:
+        return self.counts[self.part].setdefault(name, Count())
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Sequence[Any] = (), kwargs: Any = None) -> Any:
+        kwargs = kwargs or {}
+        name = func.overloadpacket.__name__
+        if self._kernel is not None:  # the interpreter's own
+            return func(*args, **kwargs)
+        if name in _PRODUCTS and any(_storage(operand) in self._weights for operand in args[-2:]):
+            if name != "mm":
+                self._of(name).loaded += _bytes([args[0]])
+            return _base_product(func, args, kwargs)
+        result = func(*args, **kwargs)
+        if name not in _ALLOCATIONS:
+            self._operator(func, name, args, kwargs, result)
+        return result
+
+    def _operator(self, func: Any, name: str, args: Sequence[Any], kwargs: Mapping[str, Any], result: Any) -> None:
+        read, written = [], []
+        given = [(a, args[n] if n < len(args) else kwargs.get(a.name)) for n, a in enumerate(func._schema.arguments)]
+        for argument, value in given:
+            changed = argument.alias_info is not None and argument.alias_info.is_write
+            written += _tensors(value) if changed else []
+            read += [] if changed and (argument.kwarg_only or name in _OVERWRITING) else _tensors(value)
+        if not written:
+            inputs = {_storage(tensor) for tensor in read}
+            written = [tensor for tensor in _tensors(result) if _storage(tensor) not in inputs]
+        if written or not _tensors(result):  # all else is a view
+            self._add(name, read, written)
+
+    def _add(self, name: str, read: Sequence[Tensor], written: Sequence[Tensor]) -> None:
+        count = self._of(name)
+        count.launches += 1
+        count.loaded += _bytes(read)
+        count.stored += _bytes(written)
+
+    @contextmanager
+    def kernels(self) -> Iterator[None]:
+        """Count Triton's kernels, too: every lane of a load or store whose mask is set."""
+        call, prepare_for = GridExecutor.__call__, interpreter._patch_lang
+        load, store = InterpreterBuilder.create_masked_load, InterpreterBuilder.create_masked_store
+        prepared: set[Any] = set()
+
+        def prepare_once(function: Any) -> Any:
+            """The interpreter does this at every call of a function, which is a third of its time."""
+            if function not in prepared:
+                prepared.add(function)
+                return prepare_for(function)
+
+        def run(executor: Any, *args: Any, **kwargs: Any) -> None:
+            self._kernel = self._of(executor.fn.__name__)
+            self._kernel.launches += 1
+            prepared.clear()
+            try:
+                call(executor, *args, **kwargs)
+            finally:
+                self._kernel = None
+
+        def masked_load(builder: Any, pointers: Any, mask: Any, *rest: Any) -> Any:
+            assert self._kernel is not None
+            self._kernel.loaded += _lanes(pointers, mask)
+            return load(builder, pointers, mask, *rest)
+
+        def masked_store(builder: Any, pointers: Any, value: Any, mask: Any, *rest: Any) -> Any:
+            assert self._kernel is not None
+            self._kernel.stored += _lanes(pointers, mask)
+            return store(builder, pointers, value, mask, *rest)
+
+        def atomic(*_: Any) -> Any:
+            raise NotImplementedError(
+                "a kernel makes an atomic access, which is not counted: count it in Meter.kernels"
+            )
+
+        accesses = {"create_masked_load": masked_load, "create_masked_store": masked_store}
+        with (
+            patch.object(GridExecutor, "__call__", run),
+            patch.object(interpreter, "_patch_lang", prepare_once),
+            patch.multiple(InterpreterBuilder, **accesses, **dict.fromkeys(_ATOMICS, atomic)),
+        ):
+            yield
+
+
+def _lanes(pointers: Any, mask: Any) -> int:
+    """The bytes of the lanes that are there."""
+    return int(mask.data.sum()) * max(1, pointers.get_element_ty().primitive_bitwidth // 8)
+
+
+def _tensors(values: Any) -> list[Tensor]:
+    return [leaf for leaf in tree_leaves(values) if isinstance(leaf, Tensor)]
+
+
+def _storage(tensor: Tensor) -> int:
+    return tensor.untyped_storage()._cdata
+
+
+def _bytes(tensors: Iterable[Tensor]) -> int:
+    """Each once; of an expanded tensor, what it lies in."""
+    distinct = {(_storage(t), t.storage_offset(), t.shape, t.stride()): t for t in tensors}
+    return sum(
+        t.element_size() * math.prod(size for size, stride in zip(t.shape, t.stride(), strict=True) if stride)
+        for t in distinct.values()
+    )
+
+
+def _base_product(func: Any, args: Sequence[Any], kwargs: Mapping[str, Any]) -> Any:
+    """Of halves in fp32, rounded once: as on a GPU, and far faster on a CPU that does not multiply halves."""
+    first = args[0]
+    if first.is_meta or first.dtype not in (torch.bfloat16, torch.float16):
+        return func(*args, **kwargs)
+    result = func(*(tensor.float() for tensor in args), **kwargs)
+    return first.copy_(result) if func.overloadpacket.__name__.endswith("_") else result.to(first.dtype)
+
+
+# -- mbf, on the CPU ---------------------------------------------------------------------------------------------------
+
+
+def draw(case: Case) -> list[Operands]:
+    """Random operands of each layer; they share x. A and B have the dtype of the case."""
+    x = torch.randn(case.tokens, case.sizes[0][0]).bfloat16().requires_grad_()
+    found = []
+    for d_in, d_out in case.sizes:
+        W = nn.Parameter((torch.randn(d_out, d_in) / d_in**0.5).bfloat16(), requires_grad=False)
+        A = (torch.randn(case.rank, d_in) / d_in**0.5).to(DTYPES[case.factors])
+        B = (torch.randn(d_out, case.rank) / case.rank**0.5).to(DTYPES[case.factors])
+        found.append(Operands(W, A, B, x, torch.randn(case.tokens, d_out).bfloat16()))
+    return found
+
+
+def run_mbf(given: Sequence[Operands], branches: Sequence[Branch], meter: Meter) -> dict[str, Tensor]:
+    """y and the gradients that training asks for, counted. It fails where the kernels decline."""
+    weights, dys, x = [one.W for one in given], [one.dy for one in given], given[0].x.detach()
+    of_branch = [True, True, False, False, False, False]
+    with meter.kernels(), meter:
+        if len(given) == 1:
+            y, h = lora_linear.forward(x, weights[0], None, branches[0])
+            ys, hs = [y], [h]
+            meter.part = "backward"
+            needs = [True, False, False, *of_branch]
+            dx, _, _, *gradients = lora_linear.backward(dys[0], h, x, weights[0], branches[0], needs)
+        else:
+            ys, hs = lora_group.forward(x, weights, [None] * len(given), branches)
+            meter.part = "backward"
+            needs = [True, *of_branch * len(given)]
+            dx, *gradients = lora_group.backward(dys, hs, x, weights, branches, needs)
+    return named(ys, dx, gradients[:: len(of_branch)], gradients[1 :: len(of_branch)])
+
+
+def named(ys: Sequence[Tensor], dx: Tensor, dAs: Sequence[Tensor], dBs: Sequence[Tensor]) -> dict[str, Tensor]:
+    lists = {"y": ys, "dA": dAs, "dB": dBs}
+    return {"dx": dx} | {f"{name}{n}": one for name, several in lists.items() for n, one in enumerate(several)}
+
+
+def formula(given: Sequence[Operands], keeps: Sequence[Tensor | None], p: float, exact: bool) -> dict[str, Tensor]:
+    """What mbf computes, by torch's operators in the same dtypes or, exact, in fp64."""
+
+    def leaf(tensor: Tensor) -> Tensor:
+        return (tensor.detach().double() if exact else tensor.detach()).requires_grad_()
+
+    x = leaf(given[0].x)
+    As, Bs = [leaf(one.A) for one in given], [leaf(one.B) for one in given]
+    ys = []
+    for one, A, B, keep in zip(given, As, Bs, keeps, strict=True):
+        wide = x.to(A.dtype)
+        dropped = wide if keep is None else wide * keep * keep_scale(p)
+        base = F.linear(x, one.W.double() if exact else one.W)
+        ys.append((base + SCALE * F.linear(F.linear(dropped, A), B)).to(x.dtype))
+    dys = [one.dy.to(x.dtype) for one in given]
+    dx, *gradients = torch.autograd.grad(ys, [x, *As, *Bs], dys)
+    return named([y.detach() for y in ys], dx, gradients[: len(As)], gradients[len(As) :])
+
+
+def count_mbf(case: Case) -> dict[str, Counts] | list[str]:
+    """What mbf's kernels move, or what is wrong with their results."""
+    given = draw(case)
+    x = given[0].x.detach()
+    seeds = torch.randint(2**62, (len(given),)).tolist()
+    branches = [
+        prepare(x, one.A, one.B, SCALE, None, None, case.p, seed, None, None)
+        for one, seed in zip(given, seeds, strict=True)
+    ]
+    meter = Meter(one.W for one in given)
+    got = run_mbf(given, branches, meter)
+    keeps = [dropout_mask(branch.seed, x.shape, case.p) if case.p else None for branch in branches]
+    with Meter(one.W for one in given):  # for its base products
+        plain = formula(given, keeps, case.p, exact=False)
+    found = failures(got, plain, formula(given, keeps, case.p, exact=True), torch.finfo(x.dtype).eps)
+    return found or meter.counts
+
+
+# -- the others, on meta tensors ---------------------------------------------------------------------------------------
+
+
+class _Dropout(nn.Module):
+    """The operator that ``F.dropout`` takes on a GPU."""
+
+    def __init__(self, p: float) -> None:
+        super().__init__()
+        self.p = p
+
+    def forward(self, x: Tensor) -> Tensor:
+        return torch.native_dropout(x, self.p, True)[0]
+
+
+def meta_peft_layer(given: Operands, p: float, **options: Any) -> Variant:
+    variant = peft_layer(given, p, **options)
+    layer: Any = variant.run
+    if p:
+        layer.lora_dropout["default"] = _Dropout(p)
+    return variant
+
+
+def count_eager(case: Case, build: Callable[[Operands], Variant]) -> dict[str, Counts]:
+    """What torch's operators move for the layers that ``build`` makes."""
+    with torch.device("meta"):
+        x = torch.empty(case.tokens, case.sizes[0][0], dtype=torch.bfloat16, requires_grad=True)
+        given = [
+            Operands(
+                nn.Parameter(torch.empty(d_out, d_in, dtype=torch.bfloat16), requires_grad=False),
+                torch.empty(case.rank, d_in),
+                torch.empty(d_out, case.rank),
+                x,
+                torch.empty(case.tokens, d_out, dtype=torch.bfloat16),
+            )
+            for d_in, d_out in case.sizes
+        ]
+    variants = [build(one) for one in given]
+    factors = [factor for variant in variants for factor in variant.factors]
+    with Meter(one.W for one in given) as meter:
+        ys = [variant.run(x) for variant in variants]
+        meter.part = "backward"
+        torch.autograd.grad(ys, [x, *factors], [one.dy for one in given])
+    return meter.counts
+
+
+def floors(case: Case) -> Result:
+    """``passes`` and ``ideal``: whole tensors of bf16, read or written once."""
+    each = 2 * case.tokens
+    x, y = each * case.sizes[0][0], each * sum(d_out for _, d_out in case.sizes)
+    return {
+        "passes": {"forward": {"": Count(0, x + y, y)}, "backward": {"": Count(0, y + 2 * x, x)}},
+        "ideal": {"forward": {"": Count(0, x)}, "backward": {"": Count(0, x + y)}},
+    }
+
+
+# -- the table ---------------------------------------------------------------------------------------------------------
+
+
+def eager(case: Case) -> Result:
+    """The peers, each as separate layers."""
+    found = {
+        "peft": count_eager(case, lambda given: meta_peft_layer(given, case.p)),
+        "peft-nocast": count_eager(case, lambda given: meta_peft_layer(given, case.p, autocast_adapter_dtype=False)),
+        "in-place": count_eager(case, lambda given: in_place_layer(given, case.p)),
+    }
+    return found if len(case.sizes) == 1 else {"frozen": count_eager(case, frozen_layer), **found}
+
+
+def measure(case: Case, args: argparse.Namespace) -> Result | list[str]:
+    torch.seed()
+    counts = count_mbf(case)
+    return counts if isinstance(counts, list) else {**eager(case), "mbf": counts, **floors(case)}
+
+
+def moved(counts: Counts) -> int:
+    return sum(count.moved for count in counts.values())
+
+
+def launches(counts: Counts) -> int:
+    return sum(count.launches for count in counts.values())
+
+
+def report(case: Case, result: Result, add: AddRow) -> None:
+    each, lines = case.elements, []
+    for variant, parts in result.items():
+        factors = {"peft": "fp32", "mbf": case.factors}.get(variant, "bf16")
+        for part, counts in parts.items():
+            row = [case.shape, case.rank, case.p, case.tokens, "bf16", factors, variant, part]
+            add([*row, moved(counts), f"{moved(counts) / each:.3f}", launches(counts)])
+        totals = [moved(parts[part]) for part in PARTS]
+        lines.append(
+            [variant, *(f"{total / each:.2f}" for total in (*totals, sum(totals))), f"{sum(totals) / 1e6:.1f}"]
+        )
+    print(f"\n{case}\n" + table(["bytes per element", *PARTS, "both", "both MB"], lines))
+    detail = [
+        [f"{variant} {part}: {name}", str(count.launches), *(f"{n / each:.3f}" for n in (count.loaded, count.stored))]
+        for variant in ("mbf", "peft-nocast", "peft")
+        for part in PARTS
+        for name, count in result[variant][part].items()
+    ]
+    print("\n" + table(["of which", "launches", "loaded", "stored"], detail), flush=True)
+
+
+def claims(case: Case, result: Result) -> str:
+    """What the project promises, and whether the counts keep it."""
+    ours, theirs = ([moved(result[name][part]) for part in PARTS] for name in ("mbf", "peft-nocast"))
+    found = [
+        ("forward, bytes per element", ours[0] / case.elements, 6.5),
+        ("backward, bytes per element", ours[1] / case.elements, 8.5),
+        ("both, over PEFT in bf16", sum(ours) / sum(theirs), 0.45),
+    ]
+    lines = [[what, f"{value:.3f}", f"{most:g}", "met" if value <= most else "MISSED"] for what, value, most in found]
+    return f"\n{case}\n" + table(["claims", "counted", "at most", ""], lines)
+
+
+def arguments(argv: Sequence[str]) -> argparse.Namespace:
+    parser = argparse.ArgumentParser(
+        description=(__doc__ or "").split("\n")[0],
+        epilog="Without a choice of rows: the layers of Llama-3-8B at 1024 tokens, and one at 8192 for the claims. "
+        "The interpreter takes about five minutes for 8192 tokens of 4096x4096.",
+    )
+    add = parser.add_argument
+    add("--shape", action="append", metavar="INxOUT[+OUT]", help="layers that share x; may be repeated, as the others")
+    add("--rank", action="append", type=int)
+    add("--p", action="append", type=float, help="dropout probability (default: 0 and 0.1)")
+    add("--tokens", action="append", type=int, help="rows of x")
+    add("--factors", action="append", choices=["bf16", "fp32"], help="dtype of mbf's A and B; x is bf16")
+    rows = parser.add_mutually_exclusive_group()
+    rows.add_argument("--claims", action="store_true", help="only the row that the claims are on")
+    rows.add_argument("--quick", action="store_true", help="a few small rows")
+    rows.add_argument("--draw", metavar="CSV", help="count nothing: draw the picture of the rows in CSV")
+    add("--out", type=Path, default=OUT, help="where the picture goes (default: docs/images/traffic.png)")
+    add("--threads", type=int)
+    add("--csv", metavar="FILE")
+    args = parser.parse_args(argv)
+    axes = (args.shape, args.rank, args.p, args.tokens, args.factors)
+    if any(axes) and (args.claims or args.quick or args.draw):
+        parser.error("--claims, --quick and --draw choose the rows; give none of the options above with them")
+    args.cases = [CLAIM] if args.claims else QUICK if args.quick else CASES
+    if any(axes):
+        defaults: tuple[Any, ...] = (["4096x4096"], [16], BOTH_P, [1024], ["bf16"])
+        args.cases = product(*(given or default for given, default in zip(axes, defaults, strict=True)))
+    return args
+
+
+# -- the picture -------------------------------------------------------------------------------------------------------
+
+BARS = {
+    "peft": (LOOKS["peft"][0], "PEFT (A, B fp32)"),
+    "peft-nocast": (LOOKS["peft-nocast"][0], "PEFT, no cast (A, B bf16)"),
+    "mbf": (LOOKS["mbf"][0], "mbf"),
+    "ideal": ("#b4bac2", "ideal (computed)"),
+}
+BAR, SPACE, TOP, BOTTOM, LEFT, RIGHT, BETWEEN, WIDTH = 0.15, 0.22, 1.12, 0.6, 1.75, 0.45, 0.55, 10.0  # inches
+
+
+def picture(rows: Sequence[Mapping[str, str]], caption: str) -> Figure:
+    """Bars of bytes per element: a column for each part, a group of bars for each case with A and B in bf16."""
+    shown = [row for row in rows if row["variant"] in BARS and (row["variant"] != "mbf" or row["factors"] == "bf16")]
+    cases = list(dict.fromkeys(label(row) for row in shown))
+    group = BAR * len(BARS) + SPACE
+    height = TOP + group * len(cases) + BOTTOM
+    figure = Figure(figsize=(WIDTH, height), dpi=150, facecolor="white")
+    each = (WIDTH - LEFT - RIGHT - BETWEEN) / 2
+    most = max(float(row["per_element"]) for row in shown) * 1.1
+    for column, part in enumerate(PARTS):
+        left = LEFT + column * (each + BETWEEN)
+        axes = figure.add_axes((left / WIDTH, BOTTOM / height, each / WIDTH, group * len(cases) / height))
+        fill(axes, [row for row in shown if row["part"] == part], cases, most, named=column == 0)
+        head = (left + each / 2) / WIDTH, 1 - (TOP - 0.1) / height
+        figure.text(*head, part, fontsize=9.5, ha="center", color=INK)
+    figure.text(
+        (LEFT + WIDTH - RIGHT) / 2 / WIDTH,
+        0.16 / height,
+        "bytes per activation element beside the base product, counted (less is better)",
+        fontsize=8.5,
+        ha="center",
+        color=FAINT,
+    )
+    figure.legend(
+        handles=[Patch(color=colour, label=name) for colour, name in BARS.values()],
+        loc="upper left",
+        bbox_to_anchor=(0.05 / WIDTH, 1 - 0.05 / height),
+        ncols=len(BARS),
+        frameon=False,
+        fontsize=9.5,
+        handlelength=1.0,
+        columnspacing=1.6,
+        borderaxespad=0.3,
+    )
+    figure.text(0.15 / WIDTH, 1 - 0.6 / height, caption, fontsize=7.5, color=FAINT, va="center")
+    return figure
+
+
+def label(row: Mapping[str, str]) -> str:
+    name, shape = LAYERS.get(row["shape"], ""), row["shape"].replace("x", "×")
+    return f"{name}\n{shape}\nr {row['rank']}  p {float(row['p']):g}  T {row['tokens']}".lstrip()
+
+
+def fill(axes: Axes, rows: Sequence[Mapping[str, str]], cases: Sequence[str], most: float, named: bool) -> None:
+    group = BAR * len(BARS) + SPACE
+    axes.set_xlim(0, most)
+    axes.set_ylim(group * len(cases), 0)
+    for row in rows:
+        n = list(BARS).index(row["variant"])
+        y, value = group * cases.index(label(row)) + SPACE / 2 + BAR * (n + 0.5), float(row["per_element"])
+        colour = BARS[row["variant"]][0]
+        axes.barh(y, value, BAR * 0.86, color=colour, zorder=2)
+        ink = colour if row["variant"] == "mbf" else FAINT
+        axes.text(value + most * 0.01, y, f"{value:.1f}", fontsize=7, va="center", color=ink)
+    axes.grid(axis="x", color=GRID, linewidth=0.7, zorder=0)
+    axes.set_yticks([group * (n + 0.5) for n in range(len(cases))], cases if named else [""] * len(cases))
+    axes.tick_params(length=0, colors=INK, labelsize=8)
+    axes.spines[:].set_visible(False)
+
+
+def draw_csv(source: str, out: Path) -> None:
+    header, rows = read_csv(source)
+    keys = ("mbf", "peft", "torch", "commit")
+    facts = " · ".join(f"{key} {header[key]}" for key in keys if key in header)
+    FigureCanvasAgg(picture(rows, f"layers of Llama-3-8B, x bf16 · {facts}")).print_png(
+        out, metadata={"Software": "mbf"}
+    )
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    args = arguments(sys.argv[1:] if argv is None else argv)
+    if args.draw:
+        draw_csv(args.draw, args.out)
+        return 0
+    found: dict[Case, Result] = {}
+
+    def keep(case: Case, result: Result, add: AddRow) -> None:
+        found[case] = result
+        report(case, result, add)
+
+    status = run_script("traffic.py", argv, arguments, measure, keep, COLUMNS)
+    if CLAIM in found:
+        print(claims(CLAIM, found[CLAIM]))
+    return status
+
+
+if __name__ == "__main__":
+    sys.exit(main())

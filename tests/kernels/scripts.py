@@ -1,0 +1,112 @@
+"""What tests run in a process of its own, where kernels are compiled: ``python -m tests.kernels.scripts NAME``.
+
+Prints JSON. The GPU, which only has to be named, is an H100.
+"""
+
+from __future__ import annotations
+
+import json
+import sys
+from collections import Counter
+from typing import Any
+
+import torch
+import triton
+from mbf.kernels import lora_linear
+from mbf.kernels._configs import Config
+from mbf.kernels._launch import recorded
+from mbf.kernels._specimens import Terms
+from mbf.kernels._tune import forced
+from mbf.kernels.compile import rows
+from torch import Tensor
+from torch._functorch.aot_autograd import aot_function
+from torch._subclasses.fake_tensor import FakeTensorMode
+from triton.backends.compiler import GPUTarget
+
+import mbf.ops  # noqa: F401  (defines the operators)
+
+
+class NamedGpu:
+    """As much of Triton's driver as compiling needs."""
+
+    def get_current_target(self) -> GPUTarget:
+        return GPUTarget("cuda", 90, 32)
+
+    def get_current_device(self) -> int:
+        return 0
+
+    def get_current_stream(self, device: int) -> int:
+        return 0
+
+
+def graphs() -> Any:
+    """The targets of the calls in the graphs that lora_linear and its backward become, on a GPU."""
+    found: list[list[str]] = []
+
+    def keep(module: torch.fx.GraphModule, _: Any) -> Any:
+        found.append([str(node.target) for node in module.graph.nodes if node.op == "call_function"])
+        return module.forward
+
+    def forward(x: Tensor, W: Tensor, A: Tensor, B: Tensor, seed: Tensor, weight: Tensor) -> Any:
+        operands = (A, B, 2.0, None, None, 0.1, seed, B, weight)
+        return torch.ops.mbf.lora_linear.default(x, W, None, *operands)
+
+    def backward(dy: Tensor, h: Tensor, x: Tensor, W: Tensor, A: Tensor, B: Tensor, seed: Tensor) -> Any:
+        needs = [True, False, False, True, True, False, False, False, False]
+        operands = (A, B, 2.0, None, None, 0.1, seed, None, None)
+        gradients = torch.ops.mbf.lora_linear_backward.default(dy, h, x, W, *operands, needs)
+        return [gradient for gradient in gradients if gradient is not None]
+
+    with forced({"family": "sm_90"}), FakeTensorMode():
+
+        def empty(*shape: int, dtype: torch.dtype = torch.bfloat16) -> Tensor:
+            return torch.empty(shape, dtype=dtype, device="cuda")
+
+        shared = (empty(64, 256), empty(128, 256), empty(16, 256), empty(128, 16), empty(dtype=torch.int64))
+        on_cpu = torch.empty((), dtype=torch.float64)  # λ, as a float becomes
+        aot_function(forward, fw_compiler=keep)(*shared, on_cpu)
+        aot_function(backward, fw_compiler=keep)(empty(64, 128), empty(64, 16), *shared)
+    return found
+
+
+def compilations() -> Any:
+    """How many binaries each kernel has after a first call, and after others with other run-time values."""
+    counts: Counter[str] = Counter()
+
+    def count(*, fn: Any, **_: Any) -> None:
+        counts[fn.name.rpartition(".")[2]] += 1
+
+    triton.knobs.runtime.jit_post_compile_hook = count
+    for scale, weight, p, tokens in [(2.0, 0.5, 0.1, 4096), (0.3, 1.0, 0.1, 8192), (1.0, 0.0, 0.25, 4097)]:
+        with recorded() as launches:
+            _step(scale, weight, p, tokens)
+        for kernel, grid, arguments, meta in launches:
+            kernel.warmup(*arguments, grid=grid, **meta)
+        if tokens == 4096:
+            first = dict(counts)
+    return [first, dict(counts)]
+
+
+def _step(scale: float, weight: float, p: float, tokens: int) -> None:
+    def empty(*shape: int) -> Tensor:
+        return torch.empty(shape, dtype=torch.bfloat16, device="meta")
+
+    class Branch(Terms):
+        least = round(p * 2**16)
+
+    A, B, seed = empty(16, 512), empty(512, 16), torch.empty((), dtype=torch.int64, device="meta")
+    branch = Branch(A, B, scale, None, None, p, seed, B, torch.tensor(weight, dtype=torch.float64))
+    x, W, h = empty(tokens, 512), empty(512, 512), empty(tokens, 16)
+    lora_linear.forward(x, W, None, branch)
+    lora_linear.backward(x, h, x, W, branch, [True, False, False, True, True, False, False, True, False])
+
+
+def spilling() -> Any:
+    """What the report says of a tile that is too large."""
+    with forced({"input_gradient": Config(128, 256, 4)}):
+        return [row.broken for row in rows("sm_80", "bf16", 16) if row.kernel == "input_gradient"]
+
+
+if __name__ == "__main__":
+    triton.runtime.driver.set_active(NamedGpu())
+    print(json.dumps({"graphs": graphs, "compilations": compilations, "spilling": spilling}[sys.argv[1]]()))

@@ -1,0 +1,44 @@
+from __future__ import annotations
+
+import json
+
+from tests.kernels.uninterpreted import run
+
+COMPILE = ("-m", "mbf.kernels.compile")
+
+
+def test_a_subset_follows_the_rules() -> None:
+    done = run(*COMPILE, "--target", "sm_80,sm_90,sm_100", "--dtype", "bf16", "--rank", "16", "--json")
+    rows = json.loads(done.stdout)
+    assert done.returncode == 0, [row for row in rows if row["broken"]]
+    kernels = {"project", "accumulate", "output_gradient", "input_gradient", "reduce", "route", "unroute", "epilogue"}
+    kernels |= {"activation", "activation_gradient", "dropout_mask"}
+    for target in ("sm_80", "sm_90", "sm_100"):
+        mine = [row for row in rows if row["target"] == target]
+        assert {row["kernel"] for row in mine} == kernels
+        for row in mine:
+            assert row["spills"] == 0 and row["registers"] > 0 and not row["broken"]
+            assert row["tensor_cores"] > 0 or row["kernel"] in (
+                "reduce",
+                "activation",
+                "activation_gradient",
+                "dropout_mask",
+            )
+            assert row["loads"].get("128", 0) > 0 or row["kernel"] == "dropout_mask"
+
+
+def test_amd() -> None:
+    done = run(*COMPILE, "--target", "gfx942", "--dtype", "bf16", "--rank", "16")
+    assert done.returncode == 0, done.stdout + done.stderr
+    assert "0 of them against the rules" in done.stdout
+
+
+def test_a_spill_is_seen() -> None:
+    done = run("-m", "tests.kernels.scripts", "spilling")
+    assert done.returncode == 0, done.stderr
+    assert any("spills" in what for broken in json.loads(done.stdout) for what in broken)
+
+
+def test_errors() -> None:
+    assert "target is 'sm90'; it must be such as sm_90" in run(*COMPILE, "--target", "sm90").stderr
+    assert "--dtype" in run(*COMPILE, "--help").stdout

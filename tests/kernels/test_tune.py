@@ -1,0 +1,113 @@
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+import torch
+from mbf.kernels import _tune
+from mbf.kernels._configs import FAMILIES, Config, neighbours, of_capability, programs, shipped
+from mbf.kernels._launch import spans
+from mbf.kernels._operands import at_once, most_rank, padded, together
+from mbf.kernels._specimens import Terms
+
+CPU = torch.device("cpu")
+
+
+@pytest.fixture(autouse=True)
+def own_cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    monkeypatch.setenv("MBF_CACHE", str(tmp_path))
+    return tmp_path
+
+
+def timer(times: dict[str, float], asked: list[str]) -> object:
+    """Stands in for a clock: a trial returns its name."""
+
+    def time(trial: object) -> float:
+        name = trial()
+        asked.append(name)
+        if times[name] < 0:
+            raise RuntimeError("out of resource: shared memory")
+        return times[name]
+
+    return time
+
+
+def test_the_fastest_is_taken_and_kept(own_cache: Path) -> None:
+    asked: list[str] = []
+    clock = timer({"base": 2.0, "epilogue": 1.0}, asked)
+    for _ in range(2):
+        assert _tune.best("forward 4096", CPU, ["base", "epilogue"], lambda c: c, clock) == "epilogue"
+    assert asked == ["base", "epilogue"]
+    (file,) = (own_cache / "kernels").iterdir()
+    assert json.loads(file.read_text()) == {"forward 4096": "epilogue"}
+
+
+def test_one_that_fails_is_out_and_the_first_stands_if_all_do() -> None:
+    for times, expected in [({"a": -1.0, "b": 3.0}, "b"), ({"a": -1.0, "b": -1.0}, "a")]:
+        assert _tune.best(f"{times}", CPU, ["a", "b"], lambda c: c, timer(times, [])) == expected
+
+
+@pytest.mark.parametrize("content", ["", "[1]", '{"key": ["not one of them"]}', "\0"])
+def test_a_cache_that_cannot_be_used_is_measured_anew(content: str) -> None:
+    path = _tune.cache_file(CPU)
+    path.parent.mkdir(parents=True)
+    path.write_text(content)
+    configs = [Config(64, 64), Config(32, 64)]
+    found = _tune.best("key", CPU, configs, lambda c: c, lambda trial: trial().rows)
+    assert found == Config(32, 64)
+    assert Config(*_tune.read(path)["key"]) == found
+
+
+def test_a_folder_that_cannot_be_written_is_said(monkeypatch: pytest.MonkeyPatch, own_cache: Path) -> None:
+    (own_cache / "file").write_text("")
+    monkeypatch.setenv("MBF_CACHE", str(own_cache / "file"))
+    with pytest.warns(UserWarning, match="cannot be kept in"):
+        assert _tune.best("key", CPU, ["base"], lambda c: c, lambda trial: 1.0) == "base"
+
+
+def test_without_a_gpu_nothing_is_timed(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("MBF_AUTOTUNE", "1")
+    A = torch.zeros(16, 8)
+    config = _tune.config_for("project", 16, A, (1, 8), lambda c: pytest.fail("timed"))
+    assert config == shipped("project", 16, 4, "sm_90")
+    assert _tune.tier_for("forward", A, (1, 8), lambda tier: pytest.fail("timed")) == "base"
+
+
+@pytest.mark.parametrize("capability", [(7, 5), (8, 0), (8, 6), (8, 9), (9, 0), (10, 0), (10, 3), (12, 0), (99, 9)])
+def test_every_gpu_has_a_table(capability: tuple[int, int]) -> None:
+    assert of_capability(*capability) in FAMILIES
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_a_table_answers_for_every_launch(family: str) -> None:
+    assert programs(family) > 0
+    for dtype in (torch.bfloat16, torch.float32):
+        for rank in (1, 8, 16, 17, 64, 100, most_rank(dtype)):
+            alike = Terms(torch.empty(rank, 8, dtype=dtype), *[None] * 8)
+            kernels = ["project", "accumulate", "output_gradient", "input_gradient"]
+            kernels += ["project_group", "input_gradient_group"] if at_once(alike) > 1 else []
+            for kernel in kernels:
+                config = shipped(kernel, padded(rank), dtype.itemsize, family)
+                assert min(config) > 0 and config.rows >= 16 and config.columns >= 16
+                assert all(min(one) > 0 for one in neighbours(config))
+
+
+def test_branches_go_together_if_they_are_alike() -> None:
+    def branch(rank: int, p: float, dtype: torch.dtype = torch.bfloat16) -> Terms:
+        terms = Terms(torch.empty(rank, 8, dtype=dtype), *[None] * 8)
+        return terms._replace(dropout_p=p)
+
+    alike = [branch(16, 0.1) for _ in range(4)]
+    assert together(alike) == [[0, 1, 2], [3]]
+    assert together([branch(16, 0.1), branch(8, 0.1), branch(16, 0.1), branch(16, 0.0)]) == [[0, 2], [1], [3]]
+    assert together([branch(64, 0.1, torch.float32)] * 2) == [[0], [1]]
+
+
+@pytest.mark.parametrize("size", [1, 31, 512, 4097])
+@pytest.mark.parametrize("block", [16, 64])
+@pytest.mark.parametrize("others", [1, 8, 500])
+def test_parts_cover_the_axis(size: int, block: int, others: int) -> None:
+    span, parts = spans(size, block, others, 132, 256)
+    assert span % block == 0 and (parts - 1) * span < size <= parts * span
+    assert parts == 1 or (parts * others <= 132 and span >= 256)

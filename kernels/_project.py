@@ -66,7 +66,7 @@ def _add(
 @triton.jit
 def _put(h, total, rows, part, height, RANK: tl.constexpr):
     ranks = tl.arange(0, total.shape[1])
-    at = offsets(part * height + rows, ranks, RANK)
+    at = offsets(part.to(tl.int64) * height + rows, ranks, RANK)
     tl.store(h + at, total.to(h.dtype.element_ty), mask=inside(rows, ranks, height, RANK))
 
 

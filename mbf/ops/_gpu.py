@@ -31,6 +31,23 @@ def obstacle() -> str | None:
     return None
 
 
+def _or_reference(kernel: Callable[..., Any], reference: Callable[..., Any]) -> Callable[..., Any]:
+    """``kernel`` on the device of its tensors, or ``reference`` where it declines or cannot be used."""
+
+    def compute(*inputs: Any) -> Any:
+        found = kernel(*inputs) if obstacle() is None else NotImplemented
+        return reference(*inputs) if found is NotImplemented else found
+
+    def run(*inputs: Any) -> Any:
+        device = _first(inputs).device
+        if device.type != "cuda" or device.index == torch.cuda.current_device():
+            return compute(*inputs)
+        with torch.cuda.device(device):  # Triton launches on the current one, wherever the tensors are
+            return compute(*inputs)
+
+    return run
+
+
 def serve(library: torch.library.Library, name: str, kernel: Callable[..., Any], reference: Callable[..., Any]) -> None:
     """Let ``kernel`` compute operator ``name`` of ``library`` on a GPU; what it declines, the reference does.
 
@@ -38,9 +55,7 @@ def serve(library: torch.library.Library, name: str, kernel: Callable[..., Any],
     operators with CPU kernels: the operator is taken apart as it is made functional.
     """
 
-    def run(*inputs: Any) -> Any:
-        found = kernel(*inputs) if obstacle() is None else NotImplemented
-        return reference(*inputs) if found is NotImplemented else found
+    run = _or_reference(kernel, reference)
 
     def take_apart(mode: Any, operator: Any, types: Any, inputs: tuple[Any, ...], keywords: Any = None) -> Any:
         found = NotImplemented

@@ -165,6 +165,21 @@ def test_half_of_the_ranks_of_a_tile_are_not_read(on_triton: list[str]) -> None:
     torch.testing.assert_close(got, gradients(lora_linear_ref, case, None))
 
 
+def test_rows_further_apart_than_32_bits_can_say(on_triton: list[str]) -> None:
+    torch.use_deterministic_algorithms(False)  # which would fill the 4 GiB that are otherwise never touched
+    storage = torch.empty(2**31 + 64, dtype=torch.bfloat16)
+    torch.use_deterministic_algorithms(True)
+    case = operands("plain", (2,), 24, 20, 3, torch.float32, torch.bfloat16)
+    dy = torch.randn(2, 20).bfloat16()
+    expected = gradients(lora_linear, tracked(case), dy)
+    leaves = tracked(case)
+    leaves["x"] = storage.as_strided((2, 24), (2**31 + 16, 1)).copy_(case["x"]).requires_grad_()
+    assert leaves["x"].stride(0) > 2**31
+    got = gradients(lora_linear, leaves, dy)
+    assert all(torch.equal(got[name], expected[name]) for name in expected)
+    assert set(on_triton) >= FORWARD | BACKWARD
+
+
 def test_reference_backend_launches_nothing(on_triton: list[str]) -> None:
     case = tracked(operands("plain", (5,), 40, 24, 2, torch.float32))
     with ops.use_backend("reference"):

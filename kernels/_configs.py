@@ -36,12 +36,12 @@ _PROGRAMS = {"sm_80": 108, "sm_90": 132, "sm_100": 148, "gfx942": 304, "cautious
 _TABLES = {
     "sm_80": {
         "project": (
-            "128x64x4x3 128x64x4x3 128x64x4x3 128x64x8x3 64x64x8x3",
+            "128x64x4x3 128x64x8x3 128x64x8x3 128x64x8x3 64x64x8x3",
             "128x64x8x3 128x64x8x3 32x64x4x2 32x64x8x2",
         ),
         "project_group": (
             "64x64x8x3 64x64x8x3 64x64x8x3",
-            "64x64x8x3 32x64x8x2",
+            "64x64x8x3 64x32x8x2",
         ),
         "accumulate": (
             "32x512x8x3 32x512x8x3 32x512x8x3 32x256x8x3 32x128x8x2",
@@ -67,7 +67,7 @@ _TABLES = {
     "sm_90": {
         "project": (
             "128x64x4x3 128x64x4x3 128x64x4x3 128x64x8x3 128x64x8x3",
-            "128x64x8x3 128x64x8x3 128x64x8x3 64x64x8x3",
+            "32x64x4x3 32x64x4x3 32x64x4x3 32x64x8x2",
         ),
         "project_group": (
             "64x64x8x3 64x64x8x3 64x64x8x3",
@@ -112,7 +112,7 @@ _TABLES = {
             "64x512x8x2 64x128x8x2 32x64x8x2 32x64x8x2",
         ),
         "input_gradient": (
-            "32x256x8x2 32x256x8x2 32x256x8x2 32x256x8x2 32x128x8x2",
+            "32x256x8x2 32x256x8x2 32x256x8x2 32x128x8x2 32x64x8x2",
             "32x128x8x2 32x128x8x2 32x128x8x2 16x32x4x2",
         ),
         "input_gradient_group": (

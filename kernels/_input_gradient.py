@@ -232,6 +232,8 @@ def _launch_input_gradient(
     stripes = cdiv(width, config.columns)
     span, parts = spans(height, config.rows, stripes, programs_for(rows.device), LEAST_ROWS)
     sums = [A.new_empty((parts, rank, width) if x is not None else (1,), dtype=sums_dtype(alike[0])) for A in factors]
+    # In a pipeline, dh in fp32 that only dA needs would be loaded to be read transposed, 4 bytes at a time.
+    pipelined = dx is not None or factors[0].dtype.itemsize == 2
     launch(
         input_gradient_kernel,
         (stripes, parts),
@@ -259,6 +261,6 @@ def _launch_input_gradient(
         ALIGNED=width % 8 == 0,
         PRECISION=precision(rows.device),
         num_warps=config.warps,
-        num_stages=config.stages,
+        num_stages=config.stages if pipelined else 1,
     )
     return sums

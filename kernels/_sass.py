@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import os
 import re
 import subprocess
@@ -43,7 +44,8 @@ class Report(NamedTuple):
         tensor_cores: their instructions.
         loads: instructions that read global memory, by bits.
         stores: the same of writing.
-        small_loads: how many loads are of scalars or of tiles with fewer bytes than 16 for each thread.
+        small_loads: how many of the instructions may be narrow: one for a scalar or a matrix with fewer bytes than 16
+            for each thread, 16 for such a vector, of which every thread reads the parts that it needs.
         small_stores: the same of stores.
     """
 
@@ -119,14 +121,16 @@ def report(found: Any) -> Report:
 
 
 def _small(ttgir: str, operators: str, threads: int) -> int:
-    """How many of these operators move fewer bytes than 16 for each thread."""
+    """How many instructions of these operators may move fewer bytes than 16 for each thread."""
     small = 0
     for line in re.findall(rf"(?:{operators})\b.*", ttgir):
         tile = re.search(r"tensor<((?:\d+x)+)!tt\.ptr<[a-z]*(\d+)>", line)
-        elements = 1
-        for extent in tile[1].rstrip("x").split("x") if tile else ():
-            elements *= int(extent)
-        small += tile is None or elements * max(8, int(tile[2])) // 8 < 16 * threads
+        if tile is None:
+            small += 1
+            continue
+        extents = [int(extent) for extent in tile[1].rstrip("x").split("x")]
+        if math.prod(extents) * max(8, int(tile[2])) // 8 < 16 * threads:
+            small += 16 if len(extents) == 1 else 1
     return small
 
 

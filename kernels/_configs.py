@@ -112,7 +112,7 @@ _TABLES = {
             "64x512x8x2 64x128x8x2 32x64x8x2 32x64x8x2",
         ),
         "input_gradient": (
-            "32x256x8x2 32x256x8x2 32x256x8x2 32x128x8x2 32x64x8x2",
+            "32x256x8x2 32x256x8x2 32x256x8x2 32x64x8x2 32x64x8x2",
             "32x128x8x2 32x128x8x2 32x128x8x2 16x32x4x2",
         ),
         "input_gradient_group": (

@@ -18,58 +18,36 @@ A layer is written d_in x d_out, layers that share x d_in x d_out+d_out+...; byt
 tokens * (d_in + d_out) / 2, summed over the layers. Before a row is printed, y and every gradient of mbf are held
 against fp64.
 
-Run: ``python bench/traffic.py --csv bench/results/traffic.csv``, then ``python bench/traffic.py --draw
-bench/results/traffic.csv`` for docs/images/traffic.png.
+Run: ``python bench/traffic.py --csv bench/results/traffic.csv``; ``traffic_plot.py`` draws it.
 """
 
 from __future__ import annotations
 
 import argparse
 import itertools
-import math
 import os
 import sys
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
-from dataclasses import dataclass
-from pathlib import Path
+from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
-from unittest.mock import patch
 
 os.environ["TRITON_INTERPRET"] = "1"  # read when triton and the kernels are imported
 
 import torch
-from common import BOTH_P, AddRow, read_csv, run_script, table
+from common import BOTH_P, AddRow, run_script, table
 from lora_linear import in_place_layer
-from matplotlib.axes import Axes
-from matplotlib.backends.backend_agg import FigureCanvasAgg
-from matplotlib.figure import Figure
-from matplotlib.patches import Patch
 from mbf.kernels import lora_group, lora_linear
-from plot import FAINT, GRID, INK, LOOKS
+from meter import PARTS, Count, Counts, Meter
 from torch import Tensor, nn
 from torch.nn import functional as F
-from torch.utils._python_dispatch import TorchDispatchMode
-from torch.utils._pytree import tree_leaves
-from triton.runtime import interpreter
-from triton.runtime.interpreter import GridExecutor, InterpreterBuilder
+from traffic_plot import LAYERS
 
 from mbf.ops import dropout_mask
 from mbf.ops._operands import Branch, prepare
 from mbf.ops.philox import keep_scale
 from mbf.run.layers import DTYPES, SCALE, Operands, Variant, failures, frozen_layer, peft_layer
 
-OUT = Path(__file__).resolve().parents[1] / "docs" / "images" / "traffic.png"
-PARTS = ("forward", "backward")
 COLUMNS = ["shape", "rank", "p", "tokens", "dtype", "factors", "variant", "part", "bytes", "per_element", "launches"]
-LAYERS = {
-    "4096x4096": "q, o",
-    "4096x1024": "k, v",
-    "4096x14336": "gate, up",
-    "14336x4096": "down",
-    "4096x4096+1024+1024": "q + k + v",
-    "4096x14336+14336": "gate + up",
-}  # of Llama-3-8B
+Result = dict[str, dict[str, Counts]]  # by variant, part, and kernel or operator
 
 
 class Case(NamedTuple):
@@ -111,162 +89,6 @@ CASES = [
     CLAIM,
 ]
 QUICK = [Case("72x40", 3, 0.1, 70), Case("64x48+36", 8, 0.0, 33), Case("64x64", 16, 0.1, 64, "fp32")]
-
-
-# -- counting ----------------------------------------------------------------------------------------------------------
-
-
-@dataclass
-class Count:
-    """Of one kernel or operator: how often it was launched, and the bytes of all its launches."""
-
-    launches: int = 0
-    loaded: int = 0
-    stored: int = 0
-
-    @property
-    def moved(self) -> int:
-        return self.loaded + self.stored
-
-
-Counts = dict[str, Count]
-Result = dict[str, dict[str, Counts]]  # by variant, part, and kernel or operator
-_ALLOCATIONS = {"empty", "empty_like", "empty_strided", "new_empty", "new_empty_strided"}
-_OVERWRITING = {"copy_", "fill_", "zero_"}
-_PRODUCTS = {"mm", "addmm", "addmm_"}
-_ATOMICS = [name for name in vars(InterpreterBuilder) if name.startswith("create_atomic")]
-
-
-class Meter(TorchDispatchMode):
-    """Counts, part by part, what the kernels and operators called within it load and store.
-
-    Attributes:
-        part: the name of what is being counted.
-        counts: by part and by the name of the kernel or operator.
-    """
-
-    def __init__(self, weights: Iterable[Tensor]) -> None:
-        """
-        Args:
-            weights: products with them are not counted.
-        """
-        super().__init__()
-        self.part = PARTS[0]
-        self.counts: dict[str, Counts] = {part: {} for part in PARTS}
-        self._weights = {_storage(weight) for weight in weights}
-        self._kernel: Count | None = None
-
-    def _of(self, name: str) -> Count:
-        return self.counts[self.part].setdefault(name, Count())
-
-    def __torch_dispatch__(self, func: Any, types: Any, args: Sequence[Any] = (), kwargs: Any = None) -> Any:
-        kwargs = kwargs or {}
-        name = func.overloadpacket.__name__
-        if self._kernel is not None:  # the interpreter's own
-            return func(*args, **kwargs)
-        if name in _PRODUCTS and any(_storage(operand) in self._weights for operand in args[-2:]):
-            if name != "mm":
-                self._of(name).loaded += _bytes([args[0]])
-            return _base_product(func, args, kwargs)
-        result = func(*args, **kwargs)
-        if name not in _ALLOCATIONS:
-            self._operator(func, name, args, kwargs, result)
-        return result
-
-    def _operator(self, func: Any, name: str, args: Sequence[Any], kwargs: Mapping[str, Any], result: Any) -> None:
-        read, written = [], []
-        given = [(a, args[n] if n < len(args) else kwargs.get(a.name)) for n, a in enumerate(func._schema.arguments)]
-        for argument, value in given:
-            changed = argument.alias_info is not None and argument.alias_info.is_write
-            written += _tensors(value) if changed else []
-            read += [] if changed and (argument.kwarg_only or name in _OVERWRITING) else _tensors(value)
-        if not written:
-            inputs = {_storage(tensor) for tensor in read}
-            written = [tensor for tensor in _tensors(result) if _storage(tensor) not in inputs]
-        if written or not _tensors(result):  # all else is a view
-            self._add(name, read, written)
-
-    def _add(self, name: str, read: Sequence[Tensor], written: Sequence[Tensor]) -> None:
-        count = self._of(name)
-        count.launches += 1
-        count.loaded += _bytes(read)
-        count.stored += _bytes(written)
-
-    @contextmanager
-    def kernels(self) -> Iterator[None]:
-        """Count Triton's kernels, too: every lane of a load or store whose mask is set."""
-        call, prepare_for = GridExecutor.__call__, interpreter._patch_lang
-        load, store = InterpreterBuilder.create_masked_load, InterpreterBuilder.create_masked_store
-        prepared: set[Any] = set()
-
-        def prepare_once(function: Any) -> Any:
-            """The interpreter does this at every call of a function, which is a third of its time."""
-            if function not in prepared:
-                prepared.add(function)
-                return prepare_for(function)
-
-        def run(executor: Any, *args: Any, **kwargs: Any) -> None:
-            self._kernel = self._of(executor.fn.__name__)
-            self._kernel.launches += 1
-            prepared.clear()
-            try:
-                call(executor, *args, **kwargs)
-            finally:
-                self._kernel = None
-
-        def masked_load(builder: Any, pointers: Any, mask: Any, *rest: Any) -> Any:
-            assert self._kernel is not None
-            self._kernel.loaded += _lanes(pointers, mask)
-            return load(builder, pointers, mask, *rest)
-
-        def masked_store(builder: Any, pointers: Any, value: Any, mask: Any, *rest: Any) -> Any:
-            assert self._kernel is not None
-            self._kernel.stored += _lanes(pointers, mask)
-            return store(builder, pointers, value, mask, *rest)
-
-        def atomic(*_: Any) -> Any:
-            raise NotImplementedError(
-                "a kernel makes an atomic access, which is not counted: count it in Meter.kernels"
-            )
-
-        accesses = {"create_masked_load": masked_load, "create_masked_store": masked_store}
-        with (
-            patch.object(GridExecutor, "__call__", run),
-            patch.object(interpreter, "_patch_lang", prepare_once),
-            patch.multiple(InterpreterBuilder, **accesses, **dict.fromkeys(_ATOMICS, atomic)),
-        ):
-            yield
-
-
-def _lanes(pointers: Any, mask: Any) -> int:
-    """The bytes of the lanes that are there."""
-    return int(mask.data.sum()) * max(1, pointers.get_element_ty().primitive_bitwidth // 8)
-
-
-def _tensors(values: Any) -> list[Tensor]:
-    return [leaf for leaf in tree_leaves(values) if isinstance(leaf, Tensor)]
-
-
-def _storage(tensor: Tensor) -> int:
-    return tensor.untyped_storage()._cdata
-
-
-def _bytes(tensors: Iterable[Tensor]) -> int:
-    """Each once; of an expanded tensor, what it lies in."""
-    distinct = {(_storage(t), t.storage_offset(), t.shape, t.stride()): t for t in tensors}
-    return sum(
-        t.element_size() * math.prod(size for size, stride in zip(t.shape, t.stride(), strict=True) if stride)
-        for t in distinct.values()
-    )
-
-
-def _base_product(func: Any, args: Sequence[Any], kwargs: Mapping[str, Any]) -> Any:
-    """Of halves in fp32, rounded once: as on a GPU, and far faster on a CPU that does not multiply halves."""
-    first = args[0]
-    if first.is_meta or first.dtype not in (torch.bfloat16, torch.float16):
-        return func(*args, **kwargs)
-    result = func(*(tensor.float() for tensor in args), **kwargs)
-    return first.copy_(result) if func.overloadpacket.__name__.endswith("_") else result.to(first.dtype)
 
 
 # -- mbf, on the CPU ---------------------------------------------------------------------------------------------------
@@ -475,14 +297,12 @@ def arguments(argv: Sequence[str]) -> argparse.Namespace:
     rows = parser.add_mutually_exclusive_group()
     rows.add_argument("--claims", action="store_true", help="only the row that the claims are on")
     rows.add_argument("--quick", action="store_true", help="a few small rows")
-    rows.add_argument("--draw", metavar="CSV", help="count nothing: draw the picture of the rows in CSV")
-    add("--out", type=Path, default=OUT, help="where the picture goes (default: docs/images/traffic.png)")
     add("--threads", type=int)
     add("--csv", metavar="FILE")
     args = parser.parse_args(argv)
     axes = (args.shape, args.rank, args.p, args.tokens, args.factors)
-    if any(axes) and (args.claims or args.quick or args.draw):
-        parser.error("--claims, --quick and --draw choose the rows; give none of the options above with them")
+    if any(axes) and (args.claims or args.quick):
+        parser.error("--claims and --quick choose the rows; give none of the options above with them")
     args.cases = [CLAIM] if args.claims else QUICK if args.quick else CASES
     if any(axes):
         defaults: tuple[Any, ...] = (["4096x4096"], [16], BOTH_P, [1024], ["bf16"])
@@ -490,91 +310,7 @@ def arguments(argv: Sequence[str]) -> argparse.Namespace:
     return args
 
 
-# -- the picture -------------------------------------------------------------------------------------------------------
-
-BARS = {
-    "peft": (LOOKS["peft"][0], "PEFT (A, B fp32)"),
-    "peft-nocast": (LOOKS["peft-nocast"][0], "PEFT, no cast (A, B bf16)"),
-    "mbf": (LOOKS["mbf"][0], "mbf"),
-    "ideal": ("#b4bac2", "ideal (computed)"),
-}
-BAR, SPACE, TOP, BOTTOM, LEFT, RIGHT, BETWEEN, WIDTH = 0.15, 0.22, 1.12, 0.6, 1.75, 0.45, 0.55, 10.0  # inches
-
-
-def picture(rows: Sequence[Mapping[str, str]], caption: str) -> Figure:
-    """Bars of bytes per element: a column for each part, a group of bars for each case with A and B in bf16."""
-    shown = [row for row in rows if row["variant"] in BARS and (row["variant"] != "mbf" or row["factors"] == "bf16")]
-    cases = list(dict.fromkeys(label(row) for row in shown))
-    group = BAR * len(BARS) + SPACE
-    height = TOP + group * len(cases) + BOTTOM
-    figure = Figure(figsize=(WIDTH, height), dpi=150, facecolor="white")
-    each = (WIDTH - LEFT - RIGHT - BETWEEN) / 2
-    most = max(float(row["per_element"]) for row in shown) * 1.1
-    for column, part in enumerate(PARTS):
-        left = LEFT + column * (each + BETWEEN)
-        axes = figure.add_axes((left / WIDTH, BOTTOM / height, each / WIDTH, group * len(cases) / height))
-        fill(axes, [row for row in shown if row["part"] == part], cases, most, named=column == 0)
-        head = (left + each / 2) / WIDTH, 1 - (TOP - 0.1) / height
-        figure.text(*head, part, fontsize=9.5, ha="center", color=INK)
-    figure.text(
-        (LEFT + WIDTH - RIGHT) / 2 / WIDTH,
-        0.16 / height,
-        "bytes per activation element beside the base product, counted (less is better)",
-        fontsize=8.5,
-        ha="center",
-        color=FAINT,
-    )
-    figure.legend(
-        handles=[Patch(color=colour, label=name) for colour, name in BARS.values()],
-        loc="upper left",
-        bbox_to_anchor=(0.05 / WIDTH, 1 - 0.05 / height),
-        ncols=len(BARS),
-        frameon=False,
-        fontsize=9.5,
-        handlelength=1.0,
-        columnspacing=1.6,
-        borderaxespad=0.3,
-    )
-    figure.text(0.15 / WIDTH, 1 - 0.6 / height, caption, fontsize=7.5, color=FAINT, va="center")
-    return figure
-
-
-def label(row: Mapping[str, str]) -> str:
-    name, shape = LAYERS.get(row["shape"], ""), row["shape"].replace("x", "×")
-    return f"{name}\n{shape}\nr {row['rank']}  p {float(row['p']):g}  T {row['tokens']}".lstrip()
-
-
-def fill(axes: Axes, rows: Sequence[Mapping[str, str]], cases: Sequence[str], most: float, named: bool) -> None:
-    group = BAR * len(BARS) + SPACE
-    axes.set_xlim(0, most)
-    axes.set_ylim(group * len(cases), 0)
-    for row in rows:
-        n = list(BARS).index(row["variant"])
-        y, value = group * cases.index(label(row)) + SPACE / 2 + BAR * (n + 0.5), float(row["per_element"])
-        colour = BARS[row["variant"]][0]
-        axes.barh(y, value, BAR * 0.86, color=colour, zorder=2)
-        ink = colour if row["variant"] == "mbf" else FAINT
-        axes.text(value + most * 0.01, y, f"{value:.1f}", fontsize=7, va="center", color=ink)
-    axes.grid(axis="x", color=GRID, linewidth=0.7, zorder=0)
-    axes.set_yticks([group * (n + 0.5) for n in range(len(cases))], cases if named else [""] * len(cases))
-    axes.tick_params(length=0, colors=INK, labelsize=8)
-    axes.spines[:].set_visible(False)
-
-
-def draw_csv(source: str, out: Path) -> None:
-    header, rows = read_csv(source)
-    keys = ("mbf", "peft", "torch", "commit")
-    facts = " · ".join(f"{key} {header[key]}" for key in keys if key in header)
-    FigureCanvasAgg(picture(rows, f"layers of Llama-3-8B, x bf16 · {facts}")).print_png(
-        out, metadata={"Software": "mbf"}
-    )
-
-
 def main(argv: Sequence[str] | None = None) -> int:
-    args = arguments(sys.argv[1:] if argv is None else argv)
-    if args.draw:
-        draw_csv(args.draw, args.out)
-        return 0
     found: dict[Case, Result] = {}
 
     def keep(case: Case, result: Result, add: AddRow) -> None:

@@ -66,8 +66,8 @@ def native() -> Extension:
 
     return CppExtension(
         "mbf._C",
-        sorted(str(path.relative_to(ROOT)) for path in (ROOT / "csrc").rglob("*.cpp")),
-        depends=sorted(str(path.relative_to(ROOT)) for path in (ROOT / "csrc").rglob("*.h")),
+        ["csrc/ops.cpp", *sorted(str(path.relative_to(ROOT)) for path in (ROOT / "csrc/cpu").rglob("*.cpp"))],
+        depends=sorted(str(path.relative_to(ROOT)) for path in (ROOT / "csrc/cpu").rglob("*.h")),
         py_limited_api=True,
         define_macros=[("TORCH_TARGET_VERSION", TORCH_TARGET_VERSION)],
         extra_compile_args=["-O3", "-g0", "-fvisibility=hidden", *WARNINGS],

@@ -21,4 +21,7 @@ STABLE_TORCH_LIBRARY_IMPL(mbf, CPU, m) {
   m.impl("lora_mlp", TORCH_BOX(&mbf::cpu::lora_mlp));
   m.impl("lora_mlp_backward", TORCH_BOX(&mbf::cpu::lora_mlp_backward));
   m.impl("merge_", TORCH_BOX(&mbf::cpu::merge_));
+  m.impl("merge_with_norms_", TORCH_BOX(&mbf::cpu::merge_with_norms_));
+  m.impl("orthonormal_rows", TORCH_BOX(&mbf::cpu::orthonormal_rows));
+  m.impl("task_boundary_", TORCH_BOX(&mbf::cpu::task_boundary_));
 }

@@ -25,6 +25,11 @@ Tensor frozen_linear(Tensor x, Tensor weight, MaybeTensor bias);
 Tensor frozen_linear_backward(Tensor dy, Tensor weight);
 
 void merge_(Tensors merged, Tensors finetuned, Tensor weight);
+Tensor merge_with_norms_(Tensors merged, Tensors finetuned, Tensor weight);
+
+Tensors orthonormal_rows(Tensors A);
+
+Tensor task_boundary_(Tensors merged_A, Tensors merged_B, Tensors Q, Tensors A, Tensors B, Tensor weight);
 
 std::tuple<Tensor, Tensor> lora_linear(Tensor x, Tensor weight, MaybeTensor bias, Tensor A, Tensor B, double scale,
                                        MaybeTensor gate, MaybeTensor mix, double dropout_p, MaybeTensor seed,

@@ -1,10 +1,12 @@
 // merge_: M += λ (F − M) for a list of tensor pairs, in place.
 //
-// The pairs are laid end to end and that one range of elements is split among torch's threads, so neither many small
-// tensors nor one large one leaves a thread idle. Every element is computed by the same operations wherever the range
-// is cut: one subtraction, one fused multiply-add and one rounding to M's dtype. The last elements of a vector loop go
-// through a padded buffer, and the scalar path uses std::fma, so bits depend neither on the number of threads nor on
-// the instruction set.
+// The pairs are cut into pieces, which torch's threads share out, so neither many small tensors nor one large one
+// leaves a thread idle. Every element is computed by the same operations wherever the range is cut: one subtraction,
+// one fused multiply-add and one rounding to M's dtype. The last elements of a vector loop go through a padded buffer,
+// and the scalar path uses std::fma, so bits depend neither on the number of threads nor on the instruction set. Norms
+// are summed in fp64 over pieces of a fixed size, whose sums are added in order.
+
+#include "merge.h"
 
 #include <torch/csrc/stable/ops.h>
 #include <torch/headeronly/util/Exception.h>
@@ -14,16 +16,16 @@
 #include <cstdint>
 #include <type_traits>
 
+#include "finite.h"
 #include "kernels.h"
+#include "lora/micro.h"
+#include "lora/torch.h"
 #include "simd.h"
 
 namespace mbf::cpu {
 namespace {
 
-using torch::headeronly::ScalarType;
-using torch::stable::Tensor;
-
-constexpr int64_t kGrain = 32768;  // elements below which a second thread costs more than it saves
+constexpr int64_t kPiece = 32768;  // elements, for which a second thread is worth its wake-up
 
 // λ as the formula that is exact at its end: M + λ (F − M) near M, F + (λ − 1) (F − M) near F. As torch.lerp does.
 template <typename Compute>
@@ -40,70 +42,131 @@ struct Lerp {
 template <typename M, typename F>
 using ComputeType = std::conditional_t<std::is_same_v<M, double> || std::is_same_v<F, double>, double, float>;
 
-template <typename M, typename F>
-void merge_span_scalar(M* m, const F* f, int64_t n, double weight) {
+// Sums of squares of F, of F − M as M was, and of M as it is written; without them, nothing is summed.
+struct NoSums {
+  template <typename Compute>
+  void add(Compute, Compute, Compute) {}
+};
+struct Sums {
+  double squares[3] = {};
+
+  template <typename Compute>
+  void add(Compute f, Compute step, Compute m) {
+    squares[0] += static_cast<double>(f) * static_cast<double>(f);
+    squares[1] += static_cast<double>(step) * static_cast<double>(step);
+    squares[2] += static_cast<double>(m) * static_cast<double>(m);
+  }
+};
+
+template <typename M, typename F, typename Into>
+inline __attribute__((always_inline)) void merge_elements(M* m, const F* f, int64_t n, double weight, Into& sums) {
   using Compute = ComputeType<M, F>;
   const Lerp<Compute> lerp(weight);
   for (int64_t i = 0; i < n; ++i) {
-    m[i] = static_cast<M>(lerp(static_cast<Compute>(m[i]), static_cast<Compute>(f[i])));
+    const Compute old = static_cast<Compute>(m[i]), target = static_cast<Compute>(f[i]);
+    m[i] = static_cast<M>(lerp(old, target));
+    sums.add(target, target - old, static_cast<Compute>(m[i]));
   }
+}
+
+template <typename M, typename F, typename Into>
+void merge_span_scalar(M* m, const F* f, int64_t n, double weight, Into& sums) {
+  merge_elements(m, f, n, weight, sums);
 }
 
 #if MBF_HAS_AVX2
 
-template <typename M, typename F>
-MBF_AVX2 void merge_8(M* m, const F* f, const Lerp<float>& lerp) {
+struct NoSums8 {
+  MBF_AVX2 void add(__m256, __m256, __m256) {}
+  MBF_AVX2 void into(NoSums&) const {}
+};
+struct Sums8 {
+  __m256d squares[3][2] = {};
+
+  MBF_AVX2 void add(__m256 f, __m256 step, __m256 m) {
+    add_to(squares[0], f);
+    add_to(squares[1], step);
+    add_to(squares[2], m);
+  }
+
+  MBF_AVX2 static void add_to(__m256d (&sum)[2], __m256 v) {
+    const __m256d low = _mm256_cvtps_pd(_mm256_castps256_ps128(v)), high = _mm256_cvtps_pd(_mm256_extractf128_ps(v, 1));
+    sum[0] = _mm256_fmadd_pd(low, low, sum[0]);
+    sum[1] = _mm256_fmadd_pd(high, high, sum[1]);
+  }
+
+  MBF_AVX2 void into(Sums& sums) const {
+    for (int n = 0; n < 3; ++n) {
+      alignas(32) double lanes[4];
+      _mm256_store_pd(lanes, _mm256_add_pd(squares[n][0], squares[n][1]));
+      sums.squares[n] += (lanes[0] + lanes[1]) + (lanes[2] + lanes[3]);
+    }
+  }
+};
+
+template <typename M, typename F, typename Into8>
+MBF_AVX2 void merge_8(M* m, const F* f, const Lerp<float>& lerp, Into8& sums) {
   const __m256 old = load8(m);
   const __m256 target = load8(f);
-  const __m256 start = lerp.from_finetuned ? target : old;
-  store8(m, _mm256_fmadd_ps(_mm256_set1_ps(lerp.factor), _mm256_sub_ps(target, old), start));
+  const __m256 step = _mm256_sub_ps(target, old);
+  store8(m, _mm256_fmadd_ps(_mm256_set1_ps(lerp.factor), step, lerp.from_finetuned ? target : old));
+  sums.add(target, step, load8(m));
 }
 
-template <typename M, typename F>
-MBF_AVX2 void merge_span_avx2(M* m, const F* f, int64_t n, double weight) {
+template <typename M, typename F, typename Into>
+MBF_AVX2 void merge_span_avx2(M* m, const F* f, int64_t n, double weight, Into& sums) {
   const Lerp<float> lerp(weight);
+  std::conditional_t<std::is_same_v<Into, Sums>, Sums8, NoSums8> here;
   int64_t i = 0;
-  for (; i + 8 <= n; i += 8) merge_8(m + i, f + i, lerp);
-  if (i == n) return;
-  M m_tail[8] = {};
-  F f_tail[8] = {};
-  std::copy(m + i, m + n, m_tail);
-  std::copy(f + i, f + n, f_tail);
-  merge_8(m_tail, f_tail, lerp);
-  std::copy(m_tail, m_tail + (n - i), m + i);
+  for (; i + 8 <= n; i += 8) merge_8(m + i, f + i, lerp, here);
+  if (i < n) {
+    M m_tail[8] = {};
+    F f_tail[8] = {};
+    std::copy(m + i, m + n, m_tail);
+    std::copy(f + i, f + n, f_tail);
+    merge_8(m_tail, f_tail, lerp, here);
+    std::copy(m_tail, m_tail + (n - i), m + i);
+  }
+  here.into(sums);
 }
 
 // The scalar loop again: the compiler vectorises it for AVX2 and FMA.
-template <typename M, typename F>
-MBF_AVX2 void merge_span_avx2_wide(M* m, const F* f, int64_t n, double weight) {
-  const Lerp<double> lerp(weight);
-  for (int64_t i = 0; i < n; ++i) {
-    m[i] = static_cast<M>(lerp(static_cast<double>(m[i]), static_cast<double>(f[i])));
-  }
+template <typename M, typename F, typename Into>
+MBF_AVX2 void merge_span_avx2_wide(M* m, const F* f, int64_t n, double weight, Into& sums) {
+  merge_elements(m, f, n, weight, sums);
 }
 
 #endif  // MBF_HAS_AVX2
 
-template <typename M, typename F>
-void merge_span(void* merged, const void* finetuned, int64_t begin, int64_t end, double weight) {
-  M* m = static_cast<M*>(merged) + begin;
-  const F* f = static_cast<const F*>(finetuned) + begin;
+template <typename M, typename F, typename Into>
+void merge_elements_of(M* m, const F* f, int64_t n, double weight, Into& sums) {
 #if MBF_HAS_AVX2
   if (has_avx2()) {
     if constexpr (std::is_same_v<ComputeType<M, F>, float>) {
-      return merge_span_avx2(m, f, end - begin, weight);
+      return merge_span_avx2(m, f, n, weight, sums);
     } else {
-      return merge_span_avx2_wide(m, f, end - begin, weight);
+      return merge_span_avx2_wide(m, f, n, weight, sums);
     }
   }
 #endif
-  merge_span_scalar(m, f, end - begin, weight);
+  merge_span_scalar(m, f, n, weight, sums);
 }
 
-using Span = void (*)(void* merged, const void* finetuned, int64_t begin, int64_t end, double weight);
+template <typename M, typename F>
+void merge_span(void* merged, const void* finetuned, int64_t begin, int64_t end, double weight, double* squares) {
+  M* m = static_cast<M*>(merged) + begin;
+  const F* f = static_cast<const F*>(finetuned) + begin;
+  if (squares == nullptr) {
+    NoSums none;
+    return merge_elements_of(m, f, end - begin, weight, none);
+  }
+  Sums sums;
+  merge_elements_of(m, f, end - begin, weight, sums);
+  std::copy_n(sums.squares, 3, squares);
+}
 
 template <typename M>
-Span span_for(ScalarType finetuned) {
+MergeSpan span_for(ScalarType finetuned) {
   switch (finetuned) {
     case ScalarType::Double:
       return merge_span<M, double>;
@@ -118,7 +181,7 @@ Span span_for(ScalarType finetuned) {
   }
 }
 
-Span span_for(ScalarType merged, ScalarType finetuned) {
+MergeSpan span_for(ScalarType merged, ScalarType finetuned) {
   switch (merged) {
     case ScalarType::Double:
       return span_for<double>(finetuned);
@@ -133,57 +196,71 @@ Span span_for(ScalarType merged, ScalarType finetuned) {
   }
 }
 
-// One pair of contiguous tensors and where it lies in the concatenation of all.
-struct Pair {
-  Tensor merged;
-  Tensor finetuned;
-  void* m;
-  const void* f;
-  int64_t begin;
-  int64_t end;
-  Span span;
-};
-
-std::vector<Pair> lay_end_to_end(const std::vector<Tensor>& merged, const std::vector<Tensor>& finetuned) {
-  STD_TORCH_CHECK(merged.size() == finetuned.size(), "merge_: ", merged.size(), " tensors and ", finetuned.size());
-  std::vector<Pair> pairs;
-  pairs.reserve(merged.size());
-  int64_t begin = 0;
-  for (size_t n = 0; n < merged.size(); ++n) {
-    const auto shape = merged[n].sizes();
-    STD_TORCH_CHECK(shape.equals(finetuned[n].sizes()), "merge_: the shapes of pair ", n, " differ");
-    STD_TORCH_CHECK(merged[n].is_cpu() && finetuned[n].is_cpu(), "merge_: pair ", n, " is not on the CPU");
-    const Span span = span_for(merged[n].scalar_type(), finetuned[n].scalar_type());
-    const Tensor m = torch::stable::contiguous(merged[n]);
-    const Tensor f = torch::stable::contiguous(finetuned[n]);
-    const int64_t end = begin + m.numel();
-    pairs.push_back({m, f, m.mutable_data_ptr(), f.const_data_ptr(), begin, end, span});
-    begin = end;
-  }
-  return pairs;
-}
-
 }  // namespace
 
-void merge_(std::vector<Tensor> merged, std::vector<Tensor> finetuned, Tensor weight) {
+Merge::Merge(const std::vector<Tensor>& merged, const std::vector<Tensor>& finetuned, const Tensor& weight)
+    : merged_(merged) {
   STD_TORCH_CHECK(weight.is_cpu() && weight.dim() == 0 && weight.scalar_type() == ScalarType::Double,
                   "merge_: weight must be a 0-d fp64 tensor on the CPU");
-  const double lambda = *weight.const_data_ptr<double>();
-  const std::vector<Pair> pairs = lay_end_to_end(merged, finetuned);
-  const int64_t total = pairs.empty() ? 0 : pairs.back().end;
-
-  torch::stable::parallel_for(0, total, kGrain, [&](int64_t begin, int64_t end) {
-    auto pair = std::upper_bound(pairs.begin(), pairs.end(), begin,
-                                 [](int64_t element, const Pair& candidate) { return element < candidate.end; });
-    for (; pair != pairs.end() && pair->begin < end; ++pair) {
-      pair->span(pair->m, pair->f, std::max(begin, pair->begin) - pair->begin, std::min(end, pair->end) - pair->begin,
-                 lambda);
-    }
-  });
-
+  STD_TORCH_CHECK(merged.size() == finetuned.size(), "merge_: ", merged.size(), " tensors and ", finetuned.size());
+  lambda_ = *weight.const_data_ptr<double>();
+  pairs_.reserve(merged.size());
   for (size_t n = 0; n < merged.size(); ++n) {
-    if (!merged[n].is_contiguous()) torch::stable::copy_(merged[n], pairs[n].merged);
+    STD_TORCH_CHECK(merged[n].sizes().equals(finetuned[n].sizes()), "merge_: the shapes of pair ", n, " differ");
+    STD_TORCH_CHECK(merged[n].is_cpu() && finetuned[n].is_cpu(), "merge_: pair ", n, " is not on the CPU");
+    const MergeSpan span = span_for(merged[n].scalar_type(), finetuned[n].scalar_type());
+    const Tensor m = torch::stable::contiguous(merged[n]);
+    const Tensor f = torch::stable::contiguous(finetuned[n]);
+    const int64_t size = m.numel();
+    pairs_.push_back({m, f, m.mutable_data_ptr(), f.const_data_ptr(), span});
+    for (int64_t begin = 0; begin < size; begin += kPiece)
+      pieces_.push_back({n, begin, std::min(begin + kPiece, size)});
   }
+}
+
+void Merge::run(int64_t piece, double* squares) const {
+  const Piece& here = pieces_[piece];
+  const Pair& pair = pairs_[here.pair];
+  pair.span(pair.m, pair.f, here.begin, here.end, lambda_, squares);
+}
+
+bool Merge::finite(int64_t piece) const {
+  const Piece& here = pieces_[piece];
+  const Pair& pair = pairs_[here.pair];
+  const ScalarType type = pair.finetuned.scalar_type();
+  const char* from = static_cast<const char*>(pair.f) + here.begin * element_size(type);
+  return all_finite(from, type, here.end - here.begin);
+}
+
+void Merge::finish() const {
+  for (size_t n = 0; n < merged_.size(); ++n) {
+    Tensor target = merged_[n];
+    if (!target.is_contiguous()) torch::stable::copy_(target, pairs_[n].merged);
+  }
+}
+
+void merge_(Tensors merged, Tensors finetuned, Tensor weight) {
+  const Merge merge(merged, finetuned, weight);
+  torch::stable::parallel_for(0, merge.pieces(), 1, [&](int64_t begin, int64_t end) {
+    for (int64_t n = begin; n < end; ++n) merge.run(n);
+  });
+  merge.finish();
+}
+
+Tensor merge_with_norms_(Tensors merged, Tensors finetuned, Tensor weight) {
+  const Merge merge(merged, finetuned, weight);
+  std::vector<double> squares(3 * merge.pieces());
+  torch::stable::parallel_for(0, merge.pieces(), 1, [&](int64_t begin, int64_t end) {
+    for (int64_t n = begin; n < end; ++n) merge.run(n, &squares[3 * n]);
+  });
+  merge.finish();
+  const Tensor out = empty({static_cast<int64_t>(merged.size()), 3}, ScalarType::Double);
+  double* sums = static_cast<double*>(out.mutable_data_ptr());
+  std::fill(sums, sums + out.numel(), 0.0);
+  for (int64_t n = 0; n < merge.pieces(); ++n) {
+    for (int k = 0; k < 3; ++k) sums[3 * merge.pair_of(n) + k] += squares[3 * n + k];
+  }
+  return out;
 }
 
 }  // namespace mbf::cpu

@@ -7,13 +7,15 @@ from mbf.ops.lora_accumulate import lora_accumulate, lora_accumulate_ref
 from mbf.ops.lora_group import GroupLayer, lora_group, lora_group_ref
 from mbf.ops.lora_linear import LoraTerms, lora_linear, lora_linear_ref
 from mbf.ops.lora_mlp import lora_mlp, lora_mlp_ref
-from mbf.ops.merge import merge_, merge_ref_
+from mbf.ops.merge import MergeNorms, merge_, merge_ref_
 from mbf.ops.philox import draw_seed, dropout_mask
 from mbf.ops.rsvd import rsvd, rsvd_ref
+from mbf.ops.task_boundary import task_boundary_, task_boundary_ref_
 
 __all__ = [
     "GroupLayer",
     "LoraTerms",
+    "MergeNorms",
     "draw_seed",
     "dropout_mask",
     "frozen_linear",
@@ -33,5 +35,7 @@ __all__ = [
     "orthonormal_rows_ref",
     "rsvd",
     "rsvd_ref",
+    "task_boundary_",
+    "task_boundary_ref_",
     "use_backend",
 ]

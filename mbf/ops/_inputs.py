@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 
 FLOATS = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
+NOT_FINITE_MESSAGE = "{}: holds NaN or infinity; look for the step of training that made it so"
 
 
 def check_floating(tensor: Tensor, name: str) -> None:
@@ -29,7 +30,7 @@ def check_finite(stacked: Tensor, names: Sequence[str]) -> None:
     finite = stacked.isfinite().flatten(1).all(1)
     if not finite.all():
         culprit = names[int((~finite).nonzero()[0])]
-        raise ValueError(f"{culprit}: holds NaN or infinity; look for the step of training that made it so")
+        raise ValueError(NOT_FINITE_MESSAGE.format(culprit))
 
 
 def equal_groups(entries: Sequence[tuple[Tensor, ...]]) -> list[list[int]]:
@@ -37,4 +38,12 @@ def equal_groups(entries: Sequence[tuple[Tensor, ...]]) -> list[list[int]]:
     groups: dict[tuple[tuple[torch.Size, torch.dtype, torch.device], ...], list[int]] = {}
     for n, entry in enumerate(entries):
         groups.setdefault(tuple((t.shape, t.dtype, t.device) for t in entry), []).append(n)
+    return list(groups.values())
+
+
+def by_device(tensors: Sequence[Tensor]) -> list[list[int]]:
+    """The indices of ``tensors``, grouped by device: a model may be spread over several."""
+    groups: dict[torch.device, list[int]] = {}
+    for n, tensor in enumerate(tensors):
+        groups.setdefault(tensor.device, []).append(n)
     return list(groups.values())

@@ -8,7 +8,7 @@ from typing import overload
 import torch
 from torch import Tensor
 
-from mbf.ops._inputs import check_finite, check_matrix, equal_groups
+from mbf.ops._inputs import NOT_FINITE_MESSAGE, by_device, check_matrix
 from mbf.ops._library import define, reference_only
 
 
@@ -53,11 +53,22 @@ def _complete(rows: Tensor) -> Tensor:
     return Q
 
 
-def _orthonormal_rows_fake(A: Tensor) -> Tensor:
-    return A.new_empty(A.shape)
+def _operator_ref(A: Sequence[Tensor]) -> list[Tensor]:
+    Q = [orthonormal_rows_ref(matrix) for matrix in A]
+    finite = [matrix.isfinite().flatten(-2).all(-1).flatten() for matrix in A]
+    return [*Q, torch.where(torch.cat(finite), DONE, NOT_FINITE).to(torch.int32)]
 
 
-define("orthonormal_rows(Tensor A) -> Tensor", orthonormal_rows_ref, _orthonormal_rows_fake)
+def _fake(A: Sequence[Tensor]) -> list[Tensor]:
+    count = sum(matrix.shape[:-2].numel() for matrix in A)
+    empty = [torch.empty_like(matrix, memory_format=torch.contiguous_format) for matrix in A]
+    return [*empty, A[0].new_empty(count, dtype=torch.int32)]
+
+
+# Q for every A and, last, an int32 for every matrix in order: DONE, GIVEN_UP (its Q is not set) or NOT_FINITE. So the
+# operator itself never waits for a device; its Python face reads those once a call.
+DONE, GIVEN_UP, NOT_FINITE = 0, 1, 2
+define("orthonormal_rows(Tensor[] A) -> Tensor[]", _operator_ref, _fake)
 
 
 @overload
@@ -72,11 +83,13 @@ def orthonormal_rows(A: Tensor | Sequence[Tensor]) -> Tensor | list[Tensor]:
     ``R_jj = 0`` and leaves its row of Q open. It becomes the part of a unit vector (the one furthest from the rows
     before it) that is orthogonal to them, so Q is orthonormal and still spans every row of A.
 
-    Computed in fp64 and rounded once. The result carries no gradient.
+    All matrices of a list are one call of a kernel: Cholesky QR with the Gram matrix in fp64, a second round of it where
+    the condition asks for that, and Householder QR in fp64 (the reference) for matrices beyond a condition of about
+    1e6. Computed in fp64 and rounded once. The result carries no gradient.
 
     Args:
         A: ``[..., r, d]`` with 1 ≤ r ≤ d in fp64, fp32, bf16 or fp16; or a list of them, which may differ in shape,
-            dtype and device. Equal ones are computed as one batch.
+            dtype and device.
 
     Returns:
         Q with A's shape, dtype and device; a list for a list.
@@ -86,27 +99,45 @@ def orthonormal_rows(A: Tensor | Sequence[Tensor]) -> Tensor | list[Tensor]:
         ValueError: for less than a matrix, r > d, NaN or infinity, with the index in the list.
     """
     if isinstance(A, Tensor):
-        return _one_batch([A], ["A"])[0]
-    names = [f"A[{n}]" for n in range(len(A))]
+        return _orthonormal_rows([A], ["A"])[0]
+    return _orthonormal_rows(list(A), [f"A[{n}]" for n in range(len(A))])
+
+
+def _orthonormal_rows(A: list[Tensor], names: list[str]) -> list[Tensor]:
     for matrix, name in zip(A, names, strict=True):
-        _check(matrix, name)
-    Q: dict[int, Tensor] = {}
-    for group in equal_groups([(matrix,) for matrix in A]):
-        Q.update(zip(group, _one_batch([A[n] for n in group], [names[n] for n in group]), strict=True))
-    return [Q[n] for n in range(len(A))]
+        check_rows(matrix, name)
+    found: dict[int, Tensor] = {}
+    for here in by_device(A):
+        matrices = [A[n].detach() for n in here]
+        if reference_only():
+            *Q, status = _operator_ref(matrices)
+        else:
+            *Q, status = torch.ops.mbf.orthonormal_rows(matrices)
+        settle(matrices, Q, status, [names[n] for n in here])
+        found.update(zip(here, Q, strict=True))
+    return [found[n] for n in range(len(A))]
 
 
-def _check(matrix: Tensor, name: str) -> None:
+def check_rows(matrix: Tensor, name: str) -> None:
+    """Raise TypeError or ValueError unless ``matrix [..., r, d]`` can have orthonormal rows."""
     check_matrix(matrix, name)
     r, d = matrix.shape[-2:]
     if not 1 <= r <= d:
         raise ValueError(f"{name}: has shape {tuple(matrix.shape)}; only 1 ≤ r ≤ d rows can be orthonormal, r is {r}")
 
 
-def _one_batch(A: list[Tensor], names: list[str]) -> list[Tensor]:
-    """Orthonormalise matrices that share shape, dtype and device."""
-    _check(A[0], names[0])
-    stacked = torch.stack([matrix.detach() for matrix in A])
-    check_finite(stacked, names)
-    Q = orthonormal_rows_ref(stacked) if reference_only() else torch.ops.mbf.orthonormal_rows(stacked)
-    return list(Q.unbind())
+def settle(A: Sequence[Tensor], Q: Sequence[Tensor], status: Tensor, names: Sequence[str]) -> None:
+    """Read the ``status`` of every matrix: raise ValueError for what isn't finite, and write into Q what a kernel gave
+    up."""
+    if not status.any():
+        return
+    codes = iter(status.tolist())
+    given_up = []
+    for n, matrix in enumerate(A):
+        here = [next(codes) for _ in range(matrix.shape[:-2].numel())]
+        if NOT_FINITE in here:
+            raise ValueError(NOT_FINITE_MESSAGE.format(names[n]))
+        given_up += [(n, place) for place, code in enumerate(here) if code == GIVEN_UP]
+    for n, place in given_up:
+        shape = (-1, *Q[n].shape[-2:])
+        Q[n].view(shape)[place] = orthonormal_rows_ref(A[n].reshape(shape)[place])

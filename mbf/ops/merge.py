@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from typing import Any, Literal, NamedTuple, overload
 
 import torch
 from torch import Tensor
 
-from mbf.ops._inputs import check_floating
+from mbf.ops._inputs import by_device, check_floating
 from mbf.ops._library import define, reference_only
 
 
@@ -22,16 +23,51 @@ def merge_ref_(merged: Sequence[Tensor], finetuned: Sequence[Tensor], weight: Te
         M.copy_(torch.lerp(M.to(compute), F.to(compute), weight.to(compute)))
 
 
+class MergeNorms(NamedTuple):
+    """Norms of every pair of a merge, fp64 ``[n]``; NaN or infinite where a tensor is not finite."""
+
+    finetuned: Tensor
+    step: Tensor
+    merged: Tensor
+
+
+def merge_with_norms_ref_(merged: Sequence[Tensor], finetuned: Sequence[Tensor], weight: Tensor) -> Tensor:
+    """``merge_ref_`` that returns ``[n, 3]``: Σ F², Σ (F − M)² with M as it was, Σ M² as it is written."""
+    before = [M.to(torch.float64, copy=True) for M in merged]
+    merge_ref_(merged, finetuned, weight)
+    squares = [
+        torch.stack([F.double().square().sum(), (F.double() - old).square().sum(), M.double().square().sum()])
+        for M, F, old in zip(merged, finetuned, before, strict=True)
+    ]
+    return torch.stack(squares) if squares else weight.new_empty(0, 3, dtype=torch.float64)
+
+
 def _merge_fake(merged: Sequence[Tensor], finetuned: Sequence[Tensor], weight: Tensor) -> None:
     """Mutates ``merged`` and returns nothing."""
 
 
+def _merge_with_norms_fake(merged: Sequence[Tensor], finetuned: Sequence[Tensor], weight: Tensor) -> Tensor:
+    return weight.new_empty(len(merged), 3, dtype=torch.float64)
+
+
 # The weight is a 0-d tensor, not a float: a schedule's new λ then neither recompiles a graph nor reads a value back
 # from a GPU.
-define("merge_(Tensor(a!)[] merged, Tensor[] finetuned, Tensor weight) -> ()", merge_ref_, _merge_fake)
+_ARGUMENTS = "Tensor(a!)[] merged, Tensor[] finetuned, Tensor weight"
+define(f"merge_({_ARGUMENTS}) -> ()", merge_ref_, _merge_fake)
+define(f"merge_with_norms_({_ARGUMENTS}) -> Tensor", merge_with_norms_ref_, _merge_with_norms_fake)
 
 
-def merge_(merged: Sequence[Tensor], finetuned: Sequence[Tensor], weight: float | Tensor) -> None:
+@overload
+def merge_(
+    merged: Sequence[Tensor], finetuned: Sequence[Tensor], weight: float | Tensor, *, norms: Literal[False] = False
+) -> None: ...
+@overload
+def merge_(
+    merged: Sequence[Tensor], finetuned: Sequence[Tensor], weight: float | Tensor, *, norms: Literal[True]
+) -> MergeNorms: ...
+def merge_(
+    merged: Sequence[Tensor], finetuned: Sequence[Tensor], weight: float | Tensor, *, norms: bool = False
+) -> MergeNorms | None:
     """Merge ``finetuned`` into ``merged`` in place: ``M ← M + λ (F − M)`` for every pair (SLAO, Algorithm 1, step 4).
 
     λ = 0 leaves M and λ = 1 gives F, both exactly; where M = F the pair is unchanged. Half precision is computed in
@@ -43,27 +79,45 @@ def merge_(merged: Sequence[Tensor], finetuned: Sequence[Tensor], weight: float 
             memory with another of the list, or with another's partner in ``finetuned``.
         finetuned: one tensor for each of ``merged``, of its shape and device; its dtype may differ.
         weight: λ, a finite number or a 0-d floating tensor on any device, which is never read back to the host.
+        norms: take norms in the same pass.
+
+    Returns:
+        None; with ``norms`` those of F, of F − M as M was, and of M as it is now, for every pair, on the device of the
+        first. A tensor with NaN or infinity makes its norm so, which tells a task that diverged for free (M then holds
+        them, too; ``task_boundary_`` looks first).
 
     Raises:
         TypeError: for anything but floating tensors of the dtypes above.
         ValueError: when lengths, shapes or devices differ, two of ``merged`` are the same memory, or λ is not 0-d or
             not finite. Nothing is changed then.
     """
-    _check_pairs(merged, finetuned)
-    weight = _weight_tensor(weight)
+    check_pairs(merged, finetuned)
+    weight = weight_tensor(weight)
+    squares = torch.empty(len(merged), 3, dtype=torch.float64, device=merged[0].device if merged else "cpu")
     with torch.no_grad():
-        for device in dict.fromkeys(M.device for M in merged):  # a model may be spread over several
-            here = [n for n, M in enumerate(merged) if M.device == device]
+        for here in by_device(merged):
             pairs = [merged[n] for n in here], [finetuned[n] for n in here]
-            if reference_only():
-                merge_ref_(*pairs, weight.to(device))
-            else:
-                torch.ops.mbf.merge_(*pairs, weight.to(device))
-    if not torch.compiler.is_compiling():  # kernels write behind autograd's back; compiled graphs end in a copy_
-        torch.autograd.graph.increment_version(merged)
+            found = _operator(norms)(*pairs, weight.to(merged[here[0]].device))
+            if norms:
+                squares[here] = found.to(squares.device)
+    written(merged)
+    return MergeNorms(*squares.sqrt().unbind(1)) if norms else None
 
 
-def _weight_tensor(weight: float | Tensor) -> Tensor:
+def _operator(norms: bool) -> Callable[..., Any]:
+    if norms:
+        return merge_with_norms_ref_ if reference_only() else torch.ops.mbf.merge_with_norms_.default
+    return merge_ref_ if reference_only() else torch.ops.mbf.merge_.default
+
+
+def written(tensors: Sequence[Tensor]) -> None:
+    """Tell autograd that kernels wrote ``tensors`` behind its back; compiled graphs end in a copy_, which does."""
+    if not torch.compiler.is_compiling():
+        torch.autograd.graph.increment_version(tensors)
+
+
+def weight_tensor(weight: float | Tensor) -> Tensor:
+    """λ as a 0-d fp64 tensor, or a ValueError."""
     if isinstance(weight, Tensor):
         if weight.dim() != 0 or not weight.is_floating_point():
             raise ValueError(
@@ -76,25 +130,29 @@ def _weight_tensor(weight: float | Tensor) -> Tensor:
     return torch.full((), weight, dtype=torch.float64)
 
 
-def _check_pairs(merged: Sequence[Tensor], finetuned: Sequence[Tensor]) -> None:
-    for argument, tensors in (("merged", merged), ("finetuned", finetuned)):
+def check_pairs(
+    merged: Sequence[Tensor], finetuned: Sequence[Tensor], names: tuple[str, str] = ("merged", "finetuned")
+) -> None:
+    """Raise TypeError or ValueError unless every tensor of one list can be merged into its partner of the other."""
+    into, source = names
+    for argument, tensors in ((into, merged), (source, finetuned)):
         if isinstance(tensors, Tensor):
             raise TypeError(f"{argument}: got one tensor; pass a list of tensors, [{argument}]")
         for n, tensor in enumerate(tensors):
             check_floating(tensor, f"{argument}[{n}]")
     if len(merged) != len(finetuned):
-        raise ValueError(f"merged has {len(merged)} tensors and finetuned has {len(finetuned)}; pass them in pairs")
+        raise ValueError(f"{into} has {len(merged)} tensors and {source} has {len(finetuned)}; pass them in pairs")
     for n, (M, F) in enumerate(zip(merged, finetuned, strict=True)):
         if M.shape != F.shape:
-            raise ValueError(f"finetuned[{n}]: got shape {tuple(F.shape)}; merged[{n}] has {tuple(M.shape)}")
+            raise ValueError(f"{source}[{n}]: got shape {tuple(F.shape)}; {into}[{n}] has {tuple(M.shape)}")
         if M.device != F.device:
-            raise ValueError(f"finetuned[{n}]: is on {F.device}; move it to {M.device}, where merged[{n}] is")
+            raise ValueError(f"{source}[{n}]: is on {F.device}; move it to {M.device}, where {into}[{n}] is")
     if not torch.compiler.is_compiling():
-        _check_distinct(merged)
+        _check_distinct(merged, into)
 
 
-def _check_distinct(merged: Sequence[Tensor]) -> None:
+def _check_distinct(merged: Sequence[Tensor], name: str) -> None:
     first: dict[int, int] = {}
     for n, M in enumerate(merged):
         if M.numel() and first.setdefault(M.data_ptr(), n) != n:
-            raise ValueError(f"merged[{n}]: is the same memory as merged[{first[M.data_ptr()]}]; pass it once")
+            raise ValueError(f"{name}[{n}]: is the same memory as {name}[{first[M.data_ptr()]}]; pass it once")

@@ -164,12 +164,42 @@ def test_the_same_memory_twice_is_refused_and_nothing_changes():
     assert torch.equal(M, torch.ones(4))
 
 
+@pytest.mark.parametrize(("merged", "finetuned"), list(itertools.product(DTYPES, DTYPES)), ids=str)
+@pytest.mark.parametrize("weight", [0.0, 0.3, 0.8])
+def test_norms_in_the_same_pass(backend, merged, finetuned, weight):
+    shapes = [(7,), (431, 3), (2000, 35), (0, 4), ()]
+    M, F = random_pairs(shapes, merged, finetuned)
+    before, again = [m.to(torch.float64, copy=True) for m in M], [m.clone() for m in M]
+    merge_(again, F, weight)
+    found = merge_(M, F, weight, norms=True)
+    assert all(torch.equal(a, b) for a, b in zip(M, again, strict=True))
+    exact = [
+        [f.double().norm(), (f.double() - m).norm(), new.double().norm()]
+        for m, f, new in zip(before, F, M, strict=True)
+    ]
+    rounding = 1e-13 if torch.float64 in (merged, finetuned) else 1e-6  # F − M is rounded to the dtype of the merge
+    torch.testing.assert_close(torch.stack(found, 1), torch.tensor(exact), rtol=rounding, atol=0)
+
+
+@pytest.mark.parametrize("value", [math.nan, math.inf])
+def test_norms_tell_a_diverged_task(backend, value):
+    M, F = random_pairs([(9, 5), (40_000,), (3,)])
+    F[1][39_999] = value
+    assert merge_(M, F, 0.5, norms=True).finetuned.isfinite().tolist() == [True, False, True]
+
+
+def test_norms_of_nothing(backend):
+    assert [n.shape for n in merge_([], [], 0.5, norms=True)] == [(0,)] * 3
+    assert merge_([torch.ones(3)], [torch.ones(3)], 0.5) is None
+
+
+@pytest.mark.parametrize("name", ["merge_", "merge_with_norms_"])
 @pytest.mark.parametrize("dtypes", [(torch.float32, torch.float32), (torch.bfloat16, torch.float32)], ids=str)
-def test_opcheck(dtypes):
+def test_opcheck(dtypes, name):
     M, F = random_pairs([(5, 3), (7,)], *dtypes)
     M.append(torch.randn(4, 6).t())
     F.append(torch.randn(6, 4))
-    torch.library.opcheck(torch.ops.mbf.merge_.default, (M, F, torch.tensor(0.3, dtype=torch.float64)))
+    torch.library.opcheck(getattr(torch.ops.mbf, name).default, (M, F, torch.tensor(0.3, dtype=torch.float64)))
 
 
 def test_a_new_weight_does_not_recompile():
@@ -221,6 +251,8 @@ def test_bits_do_not_depend_on_the_number_of_threads(lengths, dtypes, weight):
             torch.set_num_threads(count)
             outcomes.append([m.clone() for m in M])
             merge_(outcomes[-1], F, weight)
+            again = [m.clone() for m in M]
+            outcomes[-1] += merge_(again, F, weight, norms=True)
     finally:
         torch.set_num_threads(threads)
     for other in outcomes[1:]:

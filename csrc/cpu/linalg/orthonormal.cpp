@@ -1,0 +1,288 @@
+#include "orthonormal.h"
+
+#include <algorithm>
+#include <cmath>
+#include <cstring>
+#include <limits>
+#include <numeric>
+
+#include "../lora/micro.h"
+#include "../simd.h"
+#include "cholesky.h"
+
+namespace mbf::cpu::linalg {
+namespace {
+
+constexpr int64_t kBlock = 32768;  // numbers of a block of columns in fp64: 256 KiB, for the second-level cache
+constexpr int64_t kPanel = 4;      // rows of a triangle that are taken as a rectangle
+constexpr int64_t kGramPanel = 6;  // the same of a Gram matrix
+constexpr double kOneRound = 3e3;  // the condition up to which one round leaves Q Qᵀ − I below 1e-8
+constexpr double kInFloats = 2;    // the length of L⁻¹'s rows up to which Q = L⁻¹ A loses nothing in fp32
+constexpr double kSquares[2] = {1e-280, 1e280};  // within which the Gram's diagonal means what it says
+
+// Rows of so many numbers, and never a power of two apart, where they would share few sets of the caches.
+int64_t padded(int64_t columns) { return (columns + 15) / 16 * 16 + 8; }
+
+int64_t block_columns(int64_t r) { return std::max<int64_t>(64, kBlock / r / 8 * 8); }
+
+// Memory of the calling thread, which lasts: two blocks, and what a panel of a triangle takes.
+struct Memory {
+  Scratch<double> blocks[2], panel;
+  Scratch<float> row;
+  int64_t size = 0, width = 0;
+
+  static Memory& of(int64_t r) {
+    static thread_local Memory memory;
+    const int64_t columns = block_columns(r);
+    if (memory.size < r * padded(columns)) {
+      memory.size = std::max(2 * kBlock, r * padded(columns));
+      for (auto& block : memory.blocks) block = Scratch<double>(memory.size);
+    }
+    if (memory.width < std::max(r, padded(columns))) {
+      memory.width = std::max(r, padded(columns));
+      memory.panel = Scratch<double>(kGramPanel * memory.width);
+      memory.row = Scratch<float>(memory.width);
+    }
+    return memory;
+  }
+};
+
+void to_doubles(const float* from, int64_t n, double* to) {
+  for (int64_t i = 0; i < n; ++i) to[i] = from[i];
+}
+void to_floats(const double* from, int64_t n, float* to) {
+  for (int64_t i = 0; i < n; ++i) to[i] = static_cast<float>(from[i]);
+}
+#if MBF_HAS_AVX2
+MBF_AVX2 void to_doubles_avx2(const float* from, int64_t n, double* to) {
+  for (int64_t i = 0; i < n; ++i) to[i] = from[i];
+}
+MBF_AVX2 void to_floats_avx2(const double* from, int64_t n, float* to) {
+  for (int64_t i = 0; i < n; ++i) to[i] = static_cast<float>(from[i]);
+}
+#else
+constexpr auto to_doubles_avx2 = to_doubles;
+constexpr auto to_floats_avx2 = to_floats;
+#endif
+
+void widen(const float* from, int64_t n, double* to) {
+  has_avx2() ? to_doubles_avx2(from, n, to) : to_doubles(from, n, to);
+}
+void narrow(const double* from, int64_t n, float* to) {
+  has_avx2() ? to_floats_avx2(from, n, to) : to_floats(from, n, to);
+}
+
+const char* element(const Matrix& A, int64_t row, int64_t column) {
+  return static_cast<const char*>(A.data) + (row * A.d + column) * element_size(A.type);
+}
+
+// Columns `first` .. of A as rows of `ld` numbers in fp64, the last ones zero.
+void read(const Matrix& A, int64_t first, int64_t columns, Memory& memory, double* to, int64_t ld) {
+  for (int64_t t = 0; t < A.r; ++t, to += ld) {
+    const char* from = element(A, t, first);
+    if (A.type == ScalarType::Double) {
+      std::memcpy(to, from, columns * sizeof(double));
+    } else if (A.type == ScalarType::Float) {
+      widen(reinterpret_cast<const float*>(from), columns, to);
+    } else {
+      micro<float>().widen(from, A.type, columns, memory.row.get());
+      widen(memory.row.get(), columns, to);
+    }
+    std::fill(to + columns, to + ld, 0.0);
+  }
+}
+
+// The other way, into a matrix of A's dtype and sizes.
+void store(const double* from, int64_t ld, const Matrix& A, int64_t first, int64_t columns, Memory& memory, void* to) {
+  for (int64_t t = 0; t < A.r; ++t, from += ld) {
+    char* row = static_cast<char*>(to) + (element(A, t, first) - static_cast<const char*>(A.data));
+    if (A.type == ScalarType::Double) {
+      std::memcpy(row, from, columns * sizeof(double));
+    } else if (A.type == ScalarType::Float) {
+      narrow(from, columns, reinterpret_cast<float*>(row));
+    } else {
+      narrow(from, columns, memory.row.get());
+      micro<float>().narrow(memory.row.get(), columns, row, A.type);
+    }
+  }
+}
+
+// gram += X Xᵀ, the triangle below the diagonal and a little more.
+void add_gram(const double* X, int64_t r, int64_t ld, Memory& memory, double* gram) {
+  double* sums = memory.panel.get();
+  for (int64_t first = 0; first < r; first += kGramPanel) {
+    const int64_t rows = std::min(kGramPanel, r - first), columns = std::min(r, (first + rows + 3) / 4 * 4);
+    const Rows panel{const_cast<double*>(X) + first * ld, ScalarType::Double, ld};
+    micro<double>().project(panel, rows, ld, X, ld, columns, {}, sums);
+    for (int64_t t = 0; t < rows; ++t) {
+      for (int64_t j = 0; j < columns; ++j) gram[(first + t) * r + j] += sums[t * columns + j];
+    }
+  }
+}
+
+// Y = T X for a lower triangle T [r, r].
+void apply(const double* T, const double* X, int64_t r, int64_t ld, Memory& memory, double* Y) {
+  double* factors = memory.panel.get();
+  for (int64_t first = 0; first < r; first += kPanel) {
+    const int64_t rows = std::min(kPanel, r - first), depth = first + rows;
+    for (int64_t t = 0; t < rows; ++t) std::copy_n(T + (first + t) * r, depth, factors + t * depth);
+    micro<double>().expand({Y + first * ld, ScalarType::Double, ld}, rows, ld, factors, depth, X, ld, {}, false);
+  }
+}
+
+// The same in fp32 for columns of A, where Q lies.
+void apply_in_floats(const std::vector<float>& T, const Matrix& A, int64_t first, int64_t columns, Memory& memory,
+                     void* Q) {
+  const Micro<float>& loops = micro<float>();
+  const int64_t ld = padded(columns);
+  float* rows = reinterpret_cast<float*>(memory.blocks[0].get());
+  for (int64_t t = 0; t < A.r; ++t) loops.widen(element(A, t, first), A.type, columns, rows + t * ld);
+  float* factors = reinterpret_cast<float*>(memory.panel.get());
+  const int64_t begin = element(A, 0, first) - static_cast<const char*>(A.data);
+  for (int64_t panel = 0; panel < A.r; panel += kPanel) {
+    const int64_t some = std::min(kPanel, A.r - panel), depth = panel + some;
+    for (int64_t t = 0; t < some; ++t) std::copy_n(T.data() + (panel + t) * A.r, depth, factors + t * depth);
+    const Rows out{static_cast<char*>(Q) + begin + panel * A.d * element_size(A.type), A.type, A.d};
+    loops.expand(out, some, columns, factors, depth, rows, ld, {}, false);
+  }
+}
+
+void copy_columns(const Matrix& A, int64_t first, int64_t columns, void* to) {
+  for (int64_t t = 0; t < A.r; ++t) {
+    const char* from = element(A, t, first);
+    std::memcpy(static_cast<char*>(to) + (from - static_cast<const char*>(A.data)), from,
+                columns * element_size(A.type));
+  }
+}
+
+void fill_nan(const Matrix& A, void* to) {
+  const std::vector<float> nan(A.d, std::numeric_limits<float>::quiet_NaN());
+  const std::vector<double> nan_wide(A.d, std::numeric_limits<double>::quiet_NaN());
+  for (int64_t t = 0; t < A.r; ++t) {
+    char* row = static_cast<char*>(to) + t * A.d * element_size(A.type);
+    if (A.type == ScalarType::Double) {
+      std::memcpy(row, nan_wide.data(), A.d * sizeof(double));
+    } else {
+      micro<float>().narrow(nan.data(), A.d, row, A.type);
+    }
+  }
+}
+
+// Calls use(first column, columns, rows of `ld` numbers) for blocks of the columns of A, of T A, or of U T A.
+template <typename Use>
+void in_blocks(const Matrix& A, const std::vector<double>& T, const std::vector<double>& U, const Use& use) {
+  Memory& memory = Memory::of(A.r);
+  const int64_t most = block_columns(A.r);
+  for (int64_t first = 0; first < A.d; first += most) {
+    const int64_t columns = std::min(most, A.d - first), ld = padded(columns);
+    double *here = memory.blocks[0].get(), *other = memory.blocks[1].get();
+    read(A, first, columns, memory, here, ld);
+    for (const auto* triangle : {&T, &U}) {
+      if (triangle->empty()) continue;
+      apply(triangle->data(), here, A.r, ld, memory, other);
+      std::swap(here, other);
+    }
+    use(first, columns, here, ld, memory);
+  }
+}
+
+bool finite(const Matrix& A) {
+  bool all = true;
+  in_blocks(A, {}, {}, [&](int64_t, int64_t, const double* X, int64_t ld, Memory&) {
+    all = all && std::all_of(X, X + A.r * ld, [](double x) { return std::isfinite(x); });
+  });
+  return all;
+}
+
+}  // namespace
+
+Orthonormal::Orthonormal(Matrix A, bool exact) : A_(A), length_(A.r) {
+  const int64_t r = A.r;
+  std::vector<double> gram(r * r);
+  const auto measure = [&](int64_t, int64_t, const double* X, int64_t ld, Memory& memory) {
+    add_gram(X, r, ld, memory, gram.data());
+  };
+  in_blocks(A, {}, {}, measure);
+  for (int64_t i = 0; i < r; ++i) {
+    const double square = gram[i * r + i];
+    if (!(square >= kSquares[0] && square <= kSquares[1])) {
+      status_ = finite(A) ? kGivenUp : kNotFinite;
+      return;
+    }
+    length_[i] = std::sqrt(square);
+  }
+  for (int64_t i = 0; i < r; ++i) {
+    for (int64_t j = 0; j < i; ++j) {
+      gram[j * r + i] = gram[i * r + j] /= length_[i] * length_[j];
+    }
+    gram[i * r + i] = 1;
+  }
+  const double condition = factor_round(gram, 0);
+  if (status_ != kDone) return;
+  double longest = 0;
+  for (int64_t i = 0; i < r; ++i) {
+    double* row = &inverse_[0][i * r];
+    longest = std::max(longest, std::sqrt(std::inner_product(row, row + i + 1, row, 0.0)));
+    for (int64_t j = 0; j <= i; ++j) row[j] /= length_[j];
+  }
+  if (!exact && A.type != ScalarType::Double && condition <= kOneRound) {
+    if (longest <= kInFloats) in_floats_.assign(inverse_[0].begin(), inverse_[0].end());
+    return;
+  }
+  std::fill(gram.begin(), gram.end(), 0.0);
+  in_blocks(A, inverse_[0], {}, measure);
+  for (int64_t i = 0; i < r; ++i) {
+    for (int64_t j = 0; j < i; ++j) gram[j * r + i] = gram[i * r + j];
+  }
+  factor_round(gram, 1);
+}
+
+double Orthonormal::factor_round(std::vector<double>& gram, int round) {
+  inverse_[round].resize(A_.r * A_.r);
+  const double condition = factor(gram.data(), A_.r, inverse_[round].data());
+  if (!std::isfinite(condition)) status_ = kGivenUp;
+  upper_[round] = gram;
+  return condition;
+}
+
+void Orthonormal::write(void* Q, void* copy) const {
+  if (status_ != kDone) {
+    fill_nan(A_, Q);
+    if (copy != nullptr) copy_columns(A_, 0, A_.d, copy);
+    return;
+  }
+  if (in_floats_.empty()) {
+    in_blocks(A_, inverse_[0], inverse_[1],
+              [&](int64_t first, int64_t columns, const double* X, int64_t ld, Memory& memory) {
+                store(X, ld, A_, first, columns, memory, Q);
+                if (copy != nullptr) copy_columns(A_, first, columns, copy);
+              });
+    return;
+  }
+  Memory& memory = Memory::of(A_.r);
+  const int64_t most = block_columns(A_.r);
+  for (int64_t first = 0; first < A_.d; first += most) {
+    const int64_t columns = std::min(most, A_.d - first);
+    apply_in_floats(in_floats_, A_, first, columns, memory, Q);
+    if (copy != nullptr) copy_columns(A_, first, columns, copy);
+  }
+}
+
+void Orthonormal::write(double* Q) const {
+  in_blocks(A_, inverse_[0], inverse_[1], [&](int64_t first, int64_t columns, const double* X, int64_t ld, Memory&) {
+    for (int64_t t = 0; t < A_.r; ++t) std::copy_n(X + t * ld, columns, Q + t * A_.d + first);
+  });
+}
+
+void Orthonormal::write_factor(double* L) const {  // of A = diag(length) L₁ L₂ Q
+  const int64_t r = A_.r;
+  for (int64_t i = 0; i < r; ++i) {
+    for (int64_t j = 0; j < r; ++j) {
+      double sum = 0;
+      for (int64_t k = j; k <= i; ++k) sum += upper_[0][k * r + i] * upper_[1][j * r + k];
+      L[i * r + j] = length_[i] * sum;
+    }
+  }
+}
+
+}  // namespace mbf::cpu::linalg

@@ -1,0 +1,58 @@
+// Orthonormal rows by Cholesky QR in fp64: A = L Q with Q Qᵀ = I and L lower triangular with a positive diagonal.
+//
+// The rows are scaled to unit length by the diagonal of their Gram matrix, G = A Aᵀ; then G = L Lᵀ and Q = L⁻¹ A. That
+// leaves Q Qᵀ − I of about ε κ² (ε of fp64). Where κ makes that matter for the dtype asked for, the same is done once
+// more with Q in place of A ("CholeskyQR2"), which leaves ε alone. Rows too close to dependent are given up with a
+// flag. Where L⁻¹ hardly enlarges what it meets, as with the rows of a LoRA, Q is made in fp32. A is read twice, or
+// three times with the second round, in blocks of columns that stay in the second-level cache.
+#pragma once
+
+#include <cstdint>
+#include <vector>
+
+#include "../lora/torch.h"
+
+namespace mbf::cpu::linalg {
+
+enum Status : int32_t {
+  kDone = 0,
+  kGivenUp = 1,    // dependent rows, or numbers whose squares leave fp64
+  kNotFinite = 2,  // NaN or infinity
+};
+
+// Contiguous rows [r, d] of fp64, fp32, bf16 or fp16.
+struct Matrix {
+  const void* data;
+  ScalarType type;
+  int64_t r, d;
+};
+
+// One matrix on its way. Serial; scratch memory is the thread's own.
+class Orthonormal {
+ public:
+  // Reads A. `exact`: to fp64's rounding whatever the dtype.
+  explicit Orthonormal(Matrix A, bool exact = false);
+
+  Status status() const { return status_; }
+
+  // Q in A's dtype, NaN where the status isn't kDone, and a copy of A beside it where `copy` is not null.
+  void write(void* Q, void* copy = nullptr) const;
+
+  // Q in fp64. Needs the status kDone.
+  void write(double* Q) const;
+
+  // L [r, r], of A = L Q. Needs `exact` and the status kDone.
+  void write_factor(double* L) const;
+
+ private:
+  double factor_round(std::vector<double>& gram, int round);
+
+  Matrix A_;
+  Status status_ = kDone;
+  std::vector<double> length_;      // of the rows
+  std::vector<float> in_floats_;    // L⁻¹ where fp32 does for Q
+  std::vector<double> upper_[2];    // Lᵀ of both rounds
+  std::vector<double> inverse_[2];  // L⁻¹ of both rounds, the lengths folded into the first; the second may be empty
+};
+
+}  // namespace mbf::cpu::linalg

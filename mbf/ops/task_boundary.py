@@ -1,0 +1,114 @@
+"""``task_boundary_``: what SLAO does between two tasks, for all layers in one call."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+from mbf.ops._inputs import NOT_FINITE_MESSAGE, by_device
+from mbf.ops._library import define, reference_only
+from mbf.ops.basis import DONE, NOT_FINITE, check_rows, orthonormal_rows_ref, settle
+from mbf.ops.merge import check_pairs, merge_ref_, weight_tensor, written
+
+Pairs = tuple[Sequence[Tensor], Sequence[Tensor]]
+
+
+def task_boundary_ref_(
+    merged_A: Sequence[Tensor],
+    merged_B: Sequence[Tensor],
+    Q: Sequence[Tensor],
+    A: Sequence[Tensor],
+    B: Sequence[Tensor],
+    weight: Tensor,
+) -> Tensor:
+    """``B_merge ← B_merge + λ (B − B_merge)``, ``A_merge ← A`` and Q of every A; returns the status of every A and then
+    of every B. Where one isn't finite, nothing is written."""
+    finite = torch.stack([tensor.isfinite().all() for tensor in (*A, *B)])
+    if bool(finite.all()):
+        merge_ref_(merged_B, B, weight)
+        for into, basis, matrix in zip(merged_A, Q, A, strict=True):
+            basis.copy_(orthonormal_rows_ref(matrix))
+            into.copy_(matrix)
+    return torch.where(finite, DONE, NOT_FINITE).to(torch.int32)
+
+
+def _fake(
+    merged_A: Sequence[Tensor],
+    merged_B: Sequence[Tensor],
+    Q: Sequence[Tensor],
+    A: Sequence[Tensor],
+    B: Sequence[Tensor],
+    weight: Tensor,
+) -> Tensor:
+    return A[0].new_empty(2 * len(A), dtype=torch.int32)
+
+
+# Q is written into tensors that the caller makes: an operator that changes its inputs cannot return a list.
+define(
+    "task_boundary_(Tensor(a!)[] merged_A, Tensor(b!)[] merged_B, Tensor(c!)[] Q, Tensor[] A, Tensor[] B, "
+    "Tensor weight) -> Tensor",
+    task_boundary_ref_,
+    _fake,
+)
+
+
+def task_boundary_(merged: Pairs, finetuned: Pairs, weight: float | Tensor) -> list[Tensor]:
+    """End a task and prepare the next (SLAO, Algorithm 1, steps 4 and 1): ``B_merge ← B_merge + λ (B_ft − B_merge)``,
+    ``A_merge ← A_ft``, and Q, the orthonormal start of the next task's A, for all layers in one call.
+
+    The same as ``merge_`` of every B, a copy of every A and ``orthonormal_rows`` of every A_ft, in fewer readings of
+    them. A diverged task is caught before anything is written. Not differentiable.
+
+    Args:
+        merged: ``(A_merge, B_merge)``, lists with a ``[r, d_in]`` and a ``[d_out, r]`` for every layer, fp64, fp32, bf16
+            or fp16, of any strides; changed in place. No two may share memory.
+        finetuned: ``(A_ft, B_ft)`` of the same shapes and devices; dtypes may differ.
+        weight: λ, a finite number or a 0-d floating tensor on any device; the paper's is 1/√i.
+
+    Returns:
+        Q for every layer, with the shape, dtype and device of its A_ft; see ``orthonormal_rows``.
+
+    Raises:
+        TypeError: for anything but such tensors.
+        ValueError: when lengths, shapes or devices differ, r > d_in, two of ``merged`` are the same memory, λ is not
+            finite, or a fine-tuned tensor holds NaN or infinity. Nothing is changed then.
+    """
+    (merged_A, merged_B), (A, B) = merged, finetuned
+    check_pairs(merged_A, A, ("A of merged", "A of finetuned"))
+    check_pairs(merged_B, B, ("B of merged", "B of finetuned"))
+    check_pairs([*merged_A, *merged_B], [*A, *B])
+    names = [f"A[{n}] of finetuned" for n in range(len(A))]
+    for matrix, name in zip(A, names, strict=True):
+        if matrix.dim() != 2:
+            raise ValueError(f"{name}: has shape {tuple(matrix.shape)}; pass one matrix [r, d_in] a layer")
+        check_rows(matrix, name)
+    if len(A) != len(B):
+        raise ValueError(f"finetuned has {len(A)} A and {len(B)} B; pass one of each for every layer")
+    weight = weight_tensor(weight)
+    groups = by_device(A)
+    if len(groups) > 1:
+        _check_finite(A, B, names)
+    found: dict[int, Tensor] = {}
+    with torch.no_grad():
+        for here in groups:
+            M_A, M_B, A_ft, B_ft = ([tensors[n].detach() for n in here] for tensors in (merged_A, merged_B, A, B))
+            Q = [torch.empty_like(matrix, memory_format=torch.contiguous_format) for matrix in A_ft]
+            operator = task_boundary_ref_ if reference_only() else torch.ops.mbf.task_boundary_.default
+            of_A, of_B = operator(M_A, M_B, Q, A_ft, B_ft, weight.to(Q[0].device)).view(2, -1)
+            settle(A_ft, Q, of_A, [names[n] for n in here])
+            if of_B.any():
+                layer = here[int(of_B.nonzero()[0])]
+                raise ValueError(NOT_FINITE_MESSAGE.format(f"B[{layer}] of finetuned"))
+            found.update(zip(here, Q, strict=True))
+    written([*merged_A, *merged_B])
+    return [found[n] for n in range(len(A))]
+
+
+def _check_finite(A: Sequence[Tensor], B: Sequence[Tensor], names: Sequence[str]) -> None:
+    """Look at all devices before the first of them writes."""
+    for tensors, name in ((A, "A"), (B, "B")):
+        for n, tensor in enumerate(tensors):
+            if not tensor.isfinite().all():
+                raise ValueError(NOT_FINITE_MESSAGE.format(f"{name}[{n}] of finetuned"))

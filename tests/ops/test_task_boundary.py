@@ -1,0 +1,145 @@
+from __future__ import annotations
+
+import math
+
+import pytest
+import torch
+
+from mbf.ops import merge_, native_status, orthonormal_rows, task_boundary_, use_backend
+
+DTYPES = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
+LAYERS = [(8, 500, 63), (3, 63, 431), (16, 576, 192), (1, 1, 1), (8, 4096, 5)]  # r, d_in, d_out
+native = pytest.mark.skipif(not native_status().loaded, reason=f"mbf._C: {native_status().reason}")
+
+
+@pytest.fixture(params=["auto", "reference"])
+def backend(request):
+    with use_backend(request.param):
+        yield request.param
+
+
+def factors(dtype=torch.float32, seed=0):
+    generator = torch.Generator().manual_seed(seed)
+    A = [torch.randn(r, d_in, generator=generator).to(dtype) for r, d_in, _ in LAYERS]
+    return A, [torch.randn(d_out, r, generator=generator).to(dtype) for r, _, d_out in LAYERS]
+
+
+def copies(pair):
+    return tuple([t.clone() for t in tensors] for tensors in pair)
+
+
+def equal(pair, other):
+    return all(torch.equal(a, b) for x, y in zip(pair, other, strict=True) for a, b in zip(x, y, strict=True))
+
+
+@pytest.mark.parametrize("merged_dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_it_is_merge_replacement_and_basis(backend, merged_dtype, dtype):
+    merged, finetuned = factors(merged_dtype), factors(dtype, seed=1)
+    before, expected_B = copies(finetuned), [b.clone() for b in merged[1]]
+    merge_(expected_B, finetuned[1], 1 / math.sqrt(3))
+    Q = task_boundary_(merged, finetuned, 1 / math.sqrt(3))
+    assert equal(finetuned, before)
+    assert equal(merged, ([a.to(merged_dtype) for a in finetuned[0]], expected_B))
+    assert all(torch.equal(a, b) for a, b in zip(Q, orthonormal_rows(finetuned[0]), strict=True))
+
+
+def test_strided_and_dependent_layers(backend):
+    merged, finetuned = factors(), factors(seed=1)
+    finetuned[0][0][3] = finetuned[0][0][2]
+    finetuned[0][2].zero_()
+    wide = torch.full((500, 20), math.nan)
+    merged[0][0], merged[1][1] = wide[:, :8].mT, torch.randn(3, 431).mT
+    finetuned[0][4] = torch.randn(4096, 8).mT
+    expected_B = [b.clone() for b in merged[1]]
+    merge_(expected_B, finetuned[1], 0.4)
+    Q = task_boundary_(merged, finetuned, torch.tensor(0.4, dtype=torch.float64))
+    assert equal(merged, (finetuned[0], expected_B))
+    assert wide[:, 8:].isnan().all()
+    assert all(torch.equal(a, b) for a, b in zip(Q, orthonormal_rows(finetuned[0]), strict=True))
+
+
+@pytest.mark.parametrize(("factor", "layer"), [(0, 0), (0, 4), (1, 1), (1, 2)])
+@pytest.mark.parametrize("value", [math.nan, math.inf, -math.inf])
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_a_diverged_task_changes_nothing(backend, factor, layer, value, dtype):
+    merged, finetuned = factors(dtype), factors(dtype, seed=1)
+    finetuned[factor][layer].view(-1)[-1] = value
+    before = copies(merged)
+    with pytest.raises(ValueError, match=rf"{'AB'[factor]}\[{layer}\] of finetuned: holds NaN or infinity"):
+        task_boundary_(merged, finetuned, 0.5)
+    assert equal(merged, before)
+
+
+def test_the_largest_numbers_are_finite(backend):
+    merged, finetuned = factors(torch.float16), factors(torch.float16, seed=1)
+    finetuned[1][0][0, 0] = torch.finfo(torch.float16).max
+    task_boundary_(merged, finetuned, 1.0)
+    assert merged[1][0][0, 0] == torch.finfo(torch.float16).max
+
+
+def broken(change):
+    merged, finetuned = factors(), factors(seed=1)
+    change(merged, finetuned)
+    return merged, finetuned
+
+
+@pytest.mark.parametrize(
+    ("change", "error", "message"),
+    [
+        (lambda m, f: f[0].pop(), ValueError, "A of merged has 5 tensors and A of finetuned has 4"),
+        (lambda m, f: [x[0].pop() for x in (m, f)], ValueError, "finetuned has 4 A and 5 B"),
+        (lambda m, f: m[1].__setitem__(1, torch.ones(2)), ValueError, r"B of finetuned\[1\]: got shape \(431, 3\)"),
+        (lambda m, f: [x[0].__setitem__(0, torch.ones(5, 4)) for x in (m, f)], ValueError, "r is 5"),
+        (lambda m, f: [x[0].__setitem__(0, torch.ones(2, 2, 4)) for x in (m, f)], ValueError, "one matrix"),
+        (lambda m, f: m[0].__setitem__(0, f[0]), TypeError, r"A of merged\[0\]: got list"),
+        (
+            lambda m, f: m[1].__setitem__(4, m[0][4][:5, :8]),
+            ValueError,
+            r"merged\[9\]: is the same memory as merged\[4\]",
+        ),
+    ],
+    ids=str,
+)
+def test_errors_name_the_tensor_and_change_nothing(change, error, message):
+    merged, finetuned = broken(change)
+    before = merged[1][0].clone()
+    with pytest.raises(error, match=message):
+        task_boundary_(merged, finetuned, 0.5)
+    assert torch.equal(merged[1][0], before)
+
+
+def test_a_weight_that_is_not_finite():
+    with pytest.raises(ValueError, match="weight: got nan"):
+        task_boundary_(factors(), factors(), math.nan)
+
+
+def test_parameters_and_autograd():
+    merged, finetuned = factors(), factors(seed=1)
+    merged = tuple([torch.nn.Parameter(t) for t in tensors] for tensors in merged)
+    loss = (merged[0][0] ** 2).sum()
+    Q = task_boundary_(merged, finetuned, 0.5)
+    assert not Q[0].requires_grad
+    with pytest.raises(RuntimeError, match="modified by an inplace operation"):
+        loss.backward()
+
+
+def test_opcheck():
+    (mA, mB), (A, B) = factors(), factors(seed=1)
+    Q = [torch.zeros_like(a) for a in A]
+    inputs = (mA[:3], mB[:3], Q[:3], A[:3], B[:3], torch.tensor(0.3, dtype=torch.float64))
+    torch.library.opcheck(torch.ops.mbf.task_boundary_.default, inputs)
+
+
+@native
+def test_bits_do_not_depend_on_the_number_of_threads():
+    outcomes = []
+    threads = torch.get_num_threads()
+    try:
+        for count in (1, 2, 5):
+            torch.set_num_threads(count)
+            merged = factors()
+            outcomes.append((*merged, task_boundary_(merged, factors(seed=1), 0.3)))
+    finally:
+        torch.set_num_threads(threads)
+    assert equal(outcomes[0], outcomes[1]) and equal(outcomes[0], outcomes[2])

@@ -23,5 +23,7 @@ STABLE_TORCH_LIBRARY_IMPL(mbf, CPU, m) {
   m.impl("merge_", TORCH_BOX(&mbf::cpu::merge_));
   m.impl("merge_with_norms_", TORCH_BOX(&mbf::cpu::merge_with_norms_));
   m.impl("orthonormal_rows", TORCH_BOX(&mbf::cpu::orthonormal_rows));
+  m.impl("rsvd", TORCH_BOX(&mbf::cpu::rsvd));
+  m.impl("svd_factors", TORCH_BOX(&mbf::cpu::svd_factors));
   m.impl("task_boundary_", TORCH_BOX(&mbf::cpu::task_boundary_));
 }

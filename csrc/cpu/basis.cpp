@@ -4,23 +4,31 @@
 
 #include <torch/headeronly/util/Exception.h>
 
+#include <algorithm>
+
 #include "kernels.h"
 #include "lora/micro.h"
 #include "share.h"
 
 namespace mbf::cpu {
 
+void add_matrices(const Tensor& stack, std::vector<linalg::Matrix>& to) {
+  STD_TORCH_CHECK(stack.is_cpu() && stack.dim() >= 2 && stack.is_contiguous(),
+                  "matrices must be contiguous tensors [..., r, d] on the CPU");
+  const int64_t r = stack.size(-2), d = stack.size(-1);
+  const int64_t bytes = r * d * element_size(stack.scalar_type());
+  const char* data = static_cast<const char*>(stack.const_data_ptr());
+  for (int64_t n = 0; n < stack.numel() / std::max<int64_t>(r * d, 1); ++n) {
+    to.push_back({data + n * bytes, stack.scalar_type(), r, d});
+  }
+}
+
 std::vector<linalg::Matrix> matrices_of(const std::vector<Tensor>& stacks, const char* op) {
   std::vector<linalg::Matrix> found;
   for (const Tensor& stack : stacks) {
-    STD_TORCH_CHECK(stack.is_cpu() && stack.dim() >= 2 && stack.is_contiguous(), op,
-                    ": matrices must be contiguous tensors [..., r, d] on the CPU");
+    add_matrices(stack, found);
     const int64_t r = stack.size(-2), d = stack.size(-1);
     STD_TORCH_CHECK(1 <= r && r <= d, op, ": r must lie in [1, d], it is ", r, " and d is ", d);
-    const int64_t bytes = r * d * element_size(stack.scalar_type());
-    const char* data = static_cast<const char*>(stack.const_data_ptr());
-    for (int64_t n = 0; n < stack.numel() / (r * d); ++n)
-      found.push_back({data + n * bytes, stack.scalar_type(), r, d});
   }
   return found;
 }

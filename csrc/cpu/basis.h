@@ -7,7 +7,10 @@
 
 namespace mbf::cpu {
 
-// Every matrix of contiguous tensors [..., r, d], 1 ≤ r ≤ d, in order.
+// Adds every matrix of a contiguous tensor [..., r, d] in order.
+void add_matrices(const Tensor& stack, std::vector<linalg::Matrix>& to);
+
+// The same of a list, for `op`, which needs 1 ≤ r ≤ d.
 std::vector<linalg::Matrix> matrices_of(const std::vector<Tensor>& stacks, const char* op);
 
 std::vector<Tensor> packed(const std::vector<Tensor>& tensors);

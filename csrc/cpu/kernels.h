@@ -29,6 +29,9 @@ Tensor merge_with_norms_(Tensors merged, Tensors finetuned, Tensor weight);
 
 Tensors orthonormal_rows(Tensors A);
 
+Tensors rsvd(Tensors matrices, Tensor seeds, int64_t rank, int64_t oversample, int64_t n_iter);
+Tensors svd_factors(Tensors B, Tensors A, int64_t rank);
+
 Tensor task_boundary_(Tensors merged_A, Tensors merged_B, Tensors Q, Tensors A, Tensors B, Tensor weight);
 
 std::tuple<Tensor, Tensor> lora_linear(Tensor x, Tensor weight, MaybeTensor bias, Tensor A, Tensor B, double scale,

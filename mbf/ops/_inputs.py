@@ -8,7 +8,6 @@ import torch
 from torch import Tensor
 
 FLOATS = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
-NOT_FINITE_MESSAGE = "{}: holds NaN or infinity; look for the step of training that made it so"
 
 
 def check_floating(tensor: Tensor, name: str) -> None:
@@ -23,22 +22,6 @@ def check_matrix(matrix: Tensor, name: str) -> None:
     check_floating(matrix, name)
     if matrix.dim() < 2:
         raise ValueError(f"{name}: has shape {tuple(matrix.shape)}; pass a matrix [..., rows, columns]")
-
-
-def check_finite(stacked: Tensor, names: Sequence[str]) -> None:
-    """Raise ValueError with the first of ``names`` whose entry of ``stacked [len(names), ...]`` is not finite."""
-    finite = stacked.isfinite().flatten(1).all(1)
-    if not finite.all():
-        culprit = names[int((~finite).nonzero()[0])]
-        raise ValueError(NOT_FINITE_MESSAGE.format(culprit))
-
-
-def equal_groups(entries: Sequence[tuple[Tensor, ...]]) -> list[list[int]]:
-    """The indices of ``entries``, grouped by shapes, dtypes and devices, in the order of the groups' first members."""
-    groups: dict[tuple[tuple[torch.Size, torch.dtype, torch.device], ...], list[int]] = {}
-    for n, entry in enumerate(entries):
-        groups.setdefault(tuple((t.shape, t.dtype, t.device) for t in entry), []).append(n)
-    return list(groups.values())
 
 
 def by_device(tensors: Sequence[Tensor]) -> list[list[int]]:

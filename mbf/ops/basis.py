@@ -8,8 +8,9 @@ from typing import overload
 import torch
 from torch import Tensor
 
-from mbf.ops._inputs import NOT_FINITE_MESSAGE, by_device, check_matrix
+from mbf.ops._inputs import by_device, check_matrix
 from mbf.ops._library import define, reference_only
+from mbf.ops._status import given_up, matrix_at, status_of
 
 
 def orthonormal_rows_ref(A: Tensor) -> Tensor:
@@ -54,9 +55,7 @@ def _complete(rows: Tensor) -> Tensor:
 
 
 def _operator_ref(A: Sequence[Tensor]) -> list[Tensor]:
-    Q = [orthonormal_rows_ref(matrix) for matrix in A]
-    finite = [matrix.isfinite().flatten(-2).all(-1).flatten() for matrix in A]
-    return [*Q, torch.where(torch.cat(finite), DONE, NOT_FINITE).to(torch.int32)]
+    return [*(orthonormal_rows_ref(matrix) for matrix in A), status_of(A)]
 
 
 def _fake(A: Sequence[Tensor]) -> list[Tensor]:
@@ -65,9 +64,7 @@ def _fake(A: Sequence[Tensor]) -> list[Tensor]:
     return [*empty, A[0].new_empty(count, dtype=torch.int32)]
 
 
-# Q for every A and, last, an int32 for every matrix in order: DONE, GIVEN_UP (its Q is not set) or NOT_FINITE. So the
-# operator itself never waits for a device; its Python face reads those once a call.
-DONE, GIVEN_UP, NOT_FINITE = 0, 1, 2
+# Q for every A and, last, the status of every matrix.
 define("orthonormal_rows(Tensor[] A) -> Tensor[]", _operator_ref, _fake)
 
 
@@ -83,9 +80,9 @@ def orthonormal_rows(A: Tensor | Sequence[Tensor]) -> Tensor | list[Tensor]:
     ``R_jj = 0`` and leaves its row of Q open. It becomes the part of a unit vector (the one furthest from the rows
     before it) that is orthogonal to them, so Q is orthonormal and still spans every row of A.
 
-    All matrices of a list are one call of a kernel: Cholesky QR with the Gram matrix in fp64, a second round of it where
+    All matrices are one call of a kernel: Cholesky QR with the Gram matrix in fp64, a second round of it where
     the condition asks for that, and Householder QR in fp64 (the reference) for matrices beyond a condition of about
-    1e6. Computed in fp64 and rounded once. The result carries no gradient.
+    1e6. The result is as near to the exact one as torch's QR in A's dtype, and carries no gradient.
 
     Args:
         A: ``[..., r, d]`` with 1 ≤ r ≤ d in fp64, fp32, bf16 or fp16; or a list of them, which may differ in shape,
@@ -129,15 +126,5 @@ def check_rows(matrix: Tensor, name: str) -> None:
 def settle(A: Sequence[Tensor], Q: Sequence[Tensor], status: Tensor, names: Sequence[str]) -> None:
     """Read the ``status`` of every matrix: raise ValueError for what isn't finite, and write into Q what a kernel gave
     up."""
-    if not status.any():
-        return
-    codes = iter(status.tolist())
-    given_up = []
-    for n, matrix in enumerate(A):
-        here = [next(codes) for _ in range(matrix.shape[:-2].numel())]
-        if NOT_FINITE in here:
-            raise ValueError(NOT_FINITE_MESSAGE.format(names[n]))
-        given_up += [(n, place) for place, code in enumerate(here) if code == GIVEN_UP]
-    for n, place in given_up:
-        shape = (-1, *Q[n].shape[-2:])
-        Q[n].view(shape)[place] = orthonormal_rows_ref(A[n].reshape(shape)[place])
+    for n, place in given_up(status, A, names):
+        matrix_at(Q[n], place).copy_(orthonormal_rows_ref(matrix_at(A[n], place)))  # Q is contiguous: a view

@@ -2,13 +2,17 @@
 
 from __future__ import annotations
 
+import math
+from collections.abc import Sequence
 from typing import NamedTuple, overload
 
 import torch
 from torch import Tensor
 
-from mbf.ops._inputs import check_finite, check_matrix, equal_groups
+from mbf.ops._inputs import by_device, check_matrix
 from mbf.ops._library import define, reference_only
+from mbf.ops._status import given_up, matrix_at, status_of
+from mbf.ops.philox import counters, philox_4x32
 
 Factors = tuple[Tensor, Tensor]
 
@@ -59,22 +63,63 @@ def _leading(U: Tensor, S: Tensor, Vh: Tensor, rank: int, dtype: torch.dtype) ->
     return U.to(dtype).contiguous(), S.to(dtype).contiguous(), Vh.to(dtype).contiguous()
 
 
-def _fake_triples(matrix: Tensor, m: int, n: int, rank: int) -> tuple[Tensor, Tensor, Tensor]:
-    batch = matrix.shape[:-2]
-    return matrix.new_empty(*batch, m, rank), matrix.new_empty(*batch, rank), matrix.new_empty(*batch, rank, n)
+def sketch_ref(seed: Tensor, n: int, columns: int) -> Tensor:
+    """Ω ``[n, columns]`` in fp32 on the seed's device, mean 0 and variance 1, the same on every backend.
+
+    Philox 4x32-10 (``mbf.ops.philox``) at counter ``(j mod 2³², j div 2³², 1, 0)`` makes elements 2 j and 2 j + 1 (flat
+    index): the sum of the four half-words of words 0 and 1, or 2 and 3. A sum of four uniform numbers is near enough to
+    normal for a sketch, and exact in integers; made odd, it is never zero.
+    """
+    size = n * columns
+    low, high, _, zero = counters(0, -(-size // 2), seed.device)
+    words = philox_4x32((low, high, torch.ones_like(low), zero), (seed & 0xFFFFFFFF, (seed >> 32) & 0xFFFFFFFF))
+    halves = torch.stack([(word & 0xFFFF) + (word >> 16) for word in words], -1)
+    sums = halves.view(-1, 2, 2).sum(-1).flatten()[:size]
+    return ((2 * sums - 262139).float() * torch.tensor(1 / 75674, dtype=torch.float32)).view(n, columns)
 
 
-def _rsvd_fake(matrix: Tensor, sketch: Tensor, rank: int, n_iter: int) -> tuple[Tensor, Tensor, Tensor]:
-    return _fake_triples(matrix, matrix.shape[-2], matrix.shape[-1], rank)
+def _rsvd_operator_ref(
+    matrices: Sequence[Tensor], seeds: Tensor, rank: int, oversample: int, n_iter: int
+) -> list[Tensor]:
+    rest, triples = list(seeds.unbind()), []
+    for matrix in matrices:
+        *batch, m, n = matrix.shape
+        columns = min(rank + oversample, m, n)
+        here = [sketch_ref(rest.pop(0), n, columns) for _ in range(math.prod(batch))]
+        sketch = torch.stack(here).view(*batch, n, columns) if here else matrix.new_empty(*batch, n, columns)
+        triples.append(rsvd_ref(_finite(matrix), sketch, rank, n_iter))
+    return _flat(triples, matrices)
 
 
-def _svd_factors_fake(B: Tensor, A: Tensor, rank: int) -> tuple[Tensor, Tensor, Tensor]:
-    return _fake_triples(B, B.shape[-2], A.shape[-1], rank)
+def _svd_factors_operator_ref(B: Sequence[Tensor], A: Sequence[Tensor], rank: int) -> list[Tensor]:
+    return _flat([svd_factors_ref(_finite(b), _finite(a), rank) for b, a in zip(B, A, strict=True)], B, A)
 
 
-# The sketch is an argument, so the operator is a pure function and the generator stays on the Python side.
-define("rsvd(Tensor matrix, Tensor sketch, int rank, int n_iter) -> (Tensor, Tensor, Tensor)", rsvd_ref, _rsvd_fake)
-define("svd_factors(Tensor B, Tensor A, int rank) -> (Tensor, Tensor, Tensor)", svd_factors_ref, _svd_factors_fake)
+def _finite(matrix: Tensor) -> Tensor:
+    """Zero for NaN and infinity, with which LAPACK raises; the status tells."""
+    return torch.where(matrix.isfinite(), matrix, 0.0)
+
+
+def _flat(triples: Sequence[tuple[Tensor, Tensor, Tensor]], *inputs: Sequence[Tensor]) -> list[Tensor]:
+    """What the operators return: all U, all S, all Vh, and the status of every matrix."""
+    return [*(t[0] for t in triples), *(t[1] for t in triples), *(t[2] for t in triples), status_of(*inputs)]
+
+
+def _fake(lefts: Sequence[Tensor], rights: Sequence[Tensor], rank: int) -> list[Tensor]:
+    shapes = [(left.shape[:-2], left.shape[-2], right.shape[-1]) for left, right in zip(lefts, rights, strict=True)]
+    U = [t.new_empty(*batch, m, rank) for t, (batch, m, _) in zip(lefts, shapes, strict=True)]
+    S = [t.new_empty(*batch, rank) for t, (batch, _, _) in zip(lefts, shapes, strict=True)]
+    Vh = [t.new_empty(*batch, rank, n) for t, (batch, _, n) in zip(lefts, shapes, strict=True)]
+    return [*U, *S, *Vh, lefts[0].new_empty(sum(batch.numel() for batch, _, _ in shapes), dtype=torch.int32)]
+
+
+# Seeds are an argument, so the operator is a pure function and the generator stays on the Python side.
+define(
+    "rsvd(Tensor[] matrices, Tensor seeds, int rank, int oversample, int n_iter) -> Tensor[]",
+    _rsvd_operator_ref,
+    lambda matrices, seeds, rank, oversample, n_iter: _fake(matrices, matrices, rank),
+)
+define("svd_factors(Tensor[] B, Tensor[] A, int rank) -> Tensor[]", _svd_factors_operator_ref, _fake)
 
 
 @overload
@@ -113,12 +158,12 @@ def rsvd(
 
     Args:
         matrix_or_factors: ``[..., m, n]``; or a tuple ``(B [..., m, r], A [..., r, n])`` of one dtype; or a list of
-            either, whose equal shapes are computed as one batch.
+            either, computed in one call; they may differ in shape, dtype and device.
         rank: how many triples, from 1 to min(m, n), for a product min(m, r, n).
         n_iter: power iterations, each re-orthonormalised.
         oversample: columns of the sketch beyond ``rank``.
-        generator: source of the sketch, on the matrix's device; default: torch's own. A list draws in its order, so it
-            gives what a loop over it would.
+        generator: source of the sketch's seeds, one a matrix, on the matrix's device; default: torch's own. They are
+            drawn in order, so a list or a stack gives what a loop over it would.
 
     Returns:
         ``SVD(U [..., m, rank], S [..., rank], Vh [..., rank, n])`` in the dtype of the input; a list for a list.
@@ -136,15 +181,19 @@ def rsvd(
     entries = [_parts(entry, name) for entry, name in zip(inputs, names, strict=True)]
     for entry, name in zip(entries, names, strict=True):
         _check(entry, rank, name)
-    sketches = [_sketch(entry, rank + oversample, generator) for entry in entries]
-
+    dense = [n for n, entry in enumerate(entries) if len(entry) == 1]
+    seeds = {n: _seeds(entries[n][0], generator) for n in dense}
     triples: dict[int, SVD] = {}
-    for group in equal_groups(entries):
-        stacked = [torch.stack(column) for column in zip(*(entries[n] for n in group), strict=True)]
-        for part in stacked:
-            check_finite(part, [names[n] for n in group])
-        results = _decompose(stacked, [sketches[n] for n in group], rank, n_iter)
-        triples.update(zip(group, map(SVD, *(result.unbind() for result in results)), strict=True))
+    for group in by_device([entries[n][0] for n in dense]):
+        here = [dense[n] for n in group]
+        matrices, keys = [entries[n][0] for n in here], [seeds[n] for n in here]
+        found = _dense(matrices, keys, [names[n] for n in here], rank, oversample, n_iter)
+        triples.update(zip(here, found, strict=True))
+    products = [n for n, entry in enumerate(entries) if len(entry) == 2]
+    for group in by_device([entries[n][0] for n in products]):
+        here = [products[n] for n in group]
+        lefts, rights = [entries[n][0] for n in here], [entries[n][1] for n in here]
+        triples.update(zip(here, _products(lefts, rights, [names[n] for n in here], rank), strict=True))
     return triples[0] if single else [triples[n] for n in range(len(entries))]
 
 
@@ -175,25 +224,46 @@ def _check(entry: tuple[Tensor, ...], rank: int, name: str) -> None:
         raise ValueError(f"rank is {rank}; {name} has {inner} singular triples, so 1 ≤ rank ≤ {inner}")
 
 
-def _sketch(entry: tuple[Tensor, ...], columns: int, generator: torch.Generator | None) -> Tensor | None:
-    """Normal Ω ``[..., n, min(columns, m, n)]`` for a dense matrix, in its dtype or fp32; None for a product."""
-    if len(entry) == 2:
-        return None
-    (matrix,) = entry
+def _seeds(matrix: Tensor, generator: torch.Generator | None) -> Tensor:
+    """One seed for each matrix of a stack, drawn one after another so that lists, stacks and loops agree."""
     if generator is not None and generator.device.type != matrix.device.type:
         raise ValueError(f"generator: is on {generator.device}; the matrix is on {matrix.device}")
-    *batch, m, n = matrix.shape
-    dtype = torch.promote_types(matrix.dtype, torch.float32)
-    return torch.randn(*batch, n, min(columns, m, n), generator=generator, dtype=dtype, device=matrix.device)
+    draws = [
+        torch.randint(0, 2**63 - 1, (), dtype=torch.int64, device=matrix.device, generator=generator)
+        for _ in range(matrix.shape[:-2].numel())
+    ]
+    return torch.stack(draws) if draws else torch.empty(0, dtype=torch.int64, device=matrix.device)
 
 
-def _decompose(
-    stacked: list[Tensor], sketches: list[Tensor | None], rank: int, n_iter: int
-) -> tuple[Tensor, Tensor, Tensor]:
-    if len(stacked) == 2:
-        B, A = stacked
-        return svd_factors_ref(B, A, rank) if reference_only() else torch.ops.mbf.svd_factors(B, A, rank)
-    matrix, sketch = stacked[0], torch.stack([s for s in sketches if s is not None])
-    if reference_only():
-        return rsvd_ref(matrix, sketch, rank, n_iter)
-    return torch.ops.mbf.rsvd(matrix, sketch, rank, n_iter)
+def _dense(
+    matrices: list[Tensor], seeds: list[Tensor], names: list[str], rank: int, oversample: int, n_iter: int
+) -> list[SVD]:
+    """Dense matrices of one device; what the kernel gives up is computed anew in fp64 by the reference."""
+    operator = _rsvd_operator_ref if reference_only() else torch.ops.mbf.rsvd.default
+    *flat, status = operator(matrices, torch.cat(seeds), rank, oversample, n_iter)
+    found = _triples(flat)
+    for n, place in given_up(status, matrices, names):
+        matrix = matrix_at(matrices[n], place).double()
+        sketch = sketch_ref(seeds[n][place], matrix.shape[1], min(rank + oversample, *matrix.shape))
+        _replace(found[n], place, rsvd_ref(matrix, sketch, rank, n_iter))
+    return found
+
+
+def _products(B: list[Tensor], A: list[Tensor], names: list[str], rank: int) -> list[SVD]:
+    """The same for products of factors."""
+    operator = _svd_factors_operator_ref if reference_only() else torch.ops.mbf.svd_factors.default
+    *flat, status = operator(B, A, rank)
+    found = _triples(flat)
+    for n, place in given_up(status, A, names):
+        _replace(found[n], place, svd_factors_ref(matrix_at(B[n], place), matrix_at(A[n], place), rank))
+    return found
+
+
+def _triples(flat: list[Tensor]) -> list[SVD]:
+    count = len(flat) // 3
+    return [SVD(*flat[n::count]) for n in range(count)]
+
+
+def _replace(stack: SVD, place: int, found: tuple[Tensor, Tensor, Tensor]) -> None:
+    for into, part in zip(stack, found, strict=True):
+        into.view(-1, *part.shape)[place] = part

@@ -7,9 +7,10 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from mbf.ops._inputs import NOT_FINITE_MESSAGE, by_device
+from mbf.ops._inputs import by_device
 from mbf.ops._library import define, reference_only
-from mbf.ops.basis import DONE, NOT_FINITE, check_rows, orthonormal_rows_ref, settle
+from mbf.ops._status import DONE, NOT_FINITE, NOT_FINITE_MESSAGE, given_up
+from mbf.ops.basis import check_rows, orthonormal_rows_ref, settle
 from mbf.ops.merge import check_pairs, merge_ref_, weight_tensor, written
 
 Pairs = tuple[Sequence[Tensor], Sequence[Tensor]]
@@ -62,8 +63,8 @@ def task_boundary_(merged: Pairs, finetuned: Pairs, weight: float | Tensor) -> l
     them. A diverged task is caught before anything is written. Not differentiable.
 
     Args:
-        merged: ``(A_merge, B_merge)``, lists with a ``[r, d_in]`` and a ``[d_out, r]`` for every layer, fp64, fp32, bf16
-            or fp16, of any strides; changed in place. No two may share memory.
+        merged: ``(A_merge, B_merge)``, lists with a ``[r, d_in]`` and a ``[d_out, r]`` for every layer, fp64, fp32,
+            bf16 or fp16, of any strides; changed in place. No two may share memory.
         finetuned: ``(A_ft, B_ft)`` of the same shapes and devices; dtypes may differ.
         weight: λ, a finite number or a 0-d floating tensor on any device; the paper's is 1/√i.
 
@@ -98,9 +99,7 @@ def task_boundary_(merged: Pairs, finetuned: Pairs, weight: float | Tensor) -> l
             operator = task_boundary_ref_ if reference_only() else torch.ops.mbf.task_boundary_.default
             of_A, of_B = operator(M_A, M_B, Q, A_ft, B_ft, weight.to(Q[0].device)).view(2, -1)
             settle(A_ft, Q, of_A, [names[n] for n in here])
-            if of_B.any():
-                layer = here[int(of_B.nonzero()[0])]
-                raise ValueError(NOT_FINITE_MESSAGE.format(f"B[{layer}] of finetuned"))
+            given_up(of_B, B_ft, [f"B[{n}] of finetuned" for n in here])
             found.update(zip(here, Q, strict=True))
     written([*merged_A, *merged_B])
     return [found[n] for n in range(len(A))]

@@ -172,8 +172,11 @@ def spoilt(A):
 @native
 @pytest.mark.parametrize(
     ("condition", "dtype", "status"),
-    [(1, torch.float32, 0), (30, torch.float32, 0), (1e4, torch.float32, 0), (1e6, torch.float32, 0)]
-    + [(1, torch.bfloat16, 0), (1, torch.float64, 0), (1e5, torch.float64, 0), (1e9, torch.float64, 1)],
+    [
+        *((condition, torch.float32, 0) for condition in (1, 30, 1e4, 1e6)),
+        (1, torch.bfloat16, 0),
+        *((1, torch.float64, 0), (1e5, torch.float64, 0), (1e9, torch.float64, 1)),
+    ],
 )
 @pytest.mark.parametrize("shape", [(8, 500), (16, 4096), (3, 63), (64, 576), (130, 300)], ids=str)
 def test_the_fast_path_up_to_a_condition_of_a_million(shape, condition, dtype, status):

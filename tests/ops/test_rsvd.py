@@ -6,10 +6,12 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from sklearn.utils.extmath import randomized_svd
 
-from mbf.ops import use_backend
-from mbf.ops.rsvd import rsvd, rsvd_ref, svd_factors_ref
+from mbf.ops import native_status, use_backend
+from mbf.ops.rsvd import rsvd, rsvd_ref, sketch_ref, svd_factors_ref
 
+native = pytest.mark.skipif(not native_status().loaded, reason=f"mbf._C: {native_status().reason}")
 norm = torch.linalg.vector_norm
 # What the decompositions may lose: their own rounding in fp64 and fp32, one rounding of the result in the halves.
 ROUNDING = {torch.float64: 1e-13, torch.float32: 3e-6, torch.bfloat16: 2**-6, torch.float16: 2**-9}
@@ -180,17 +182,138 @@ def test_errors_name_the_entry(backend, entry, options, error, message):
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
 def test_opcheck(dtype):
-    M = torch.randn(2, 14, 9).to(dtype)
-    torch.library.opcheck(torch.ops.mbf.rsvd.default, (M, torch.randn(2, 9, 5), 3, 2))
+    matrices = [torch.randn(2, 14, 9).to(dtype), torch.randn(5, 8).mT.to(dtype)]
+    torch.library.opcheck(torch.ops.mbf.rsvd.default, (matrices, torch.arange(3), 3, 2, 2))
     B, A = torch.randn(3, 14, 4).to(dtype), torch.randn(3, 4, 9).to(dtype)
-    torch.library.opcheck(torch.ops.mbf.svd_factors.default, (B, A, 3))
+    torch.library.opcheck(torch.ops.mbf.svd_factors.default, ([B, B[0]], [A, A[1]], 3))
 
 
-def test_operators_are_dispatched_once_a_shape():
+def test_a_list_of_any_shapes_is_one_call():
     with torch.autograd.profiler.profile() as profile:
         rsvd([torch.randn(9, 8), torch.randn(8, 9), torch.randn(9, 8), (torch.randn(9, 3), torch.randn(3, 9))], 2)
     names = [event.name for event in profile.function_events]
-    assert names.count("mbf::rsvd") == 2 and names.count("mbf::svd_factors") == 1
+    assert names.count("mbf::rsvd") == 1 and names.count("mbf::svd_factors") == 1
+
+
+@native
+@pytest.mark.parametrize("shape", [(40, 70), (9, 5), (3, 700), (700, 3), (600, 530)], ids=str)
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16], ids=str)
+def test_the_kernel_makes_the_references_sketch(shape, dtype):
+    """Without power iterations on a flat spectrum, what is found is what was drawn."""
+    M = torch.randn(2, *shape).to(dtype)
+    rank = min(3, *shape)
+    found = rsvd(M, rank, n_iter=0, oversample=2, generator=torch.Generator().manual_seed(3))
+    with use_backend("reference"):
+        expected = rsvd(M, rank, n_iter=0, oversample=2, generator=torch.Generator().manual_seed(3))
+    tolerance = {torch.float64: 1e-9, torch.float32: 2e-4, torch.bfloat16: 2e-2}[dtype]
+    for part, other in zip(found, expected, strict=True):
+        torch.testing.assert_close(part, other, rtol=0, atol=tolerance * float(other.abs().max()))
+
+
+def test_the_sketch_is_philox_and_nearly_normal():
+    seed = torch.tensor(-(2**62) + 12345)
+    sketch = sketch_ref(seed, 1001, 7)
+    blocks = dropout_blocks(seed, 4)
+    sums = [sum(blocks[0][:4]), sum(blocks[0][4:]), sum(blocks[1][:4])]
+    expected = torch.tensor([2 * s - 262139 for s in sums]).float() * torch.tensor(1 / 75674)
+    assert torch.equal(sketch.flatten()[:3], expected)
+    assert torch.equal(sketch_ref(seed, 13, 7).flatten(), sketch.flatten()[:91])
+    assert abs(float(sketch.mean())) < 0.04 and abs(float(sketch.var()) - 1) < 0.05 and (sketch != 0).all()
+    assert not torch.equal(sketch_ref(seed + 2**33, 13, 7), sketch[:13])
+
+
+def dropout_blocks(seed, count):
+    """Half-words of the first blocks of the sketch's stream, in Python's integers."""
+    found = []
+    for j in range(count):
+        key0, key1 = int(seed) & 0xFFFFFFFF, (int(seed) >> 32) & 0xFFFFFFFF
+        c = [j, 0, 1, 0]
+        for _ in range(10):
+            p0, p1 = 0xD2511F53 * c[0], 0xCD9E8D57 * c[2]
+            c = [(p1 >> 32) ^ c[1] ^ key0, p1 & 0xFFFFFFFF, (p0 >> 32) ^ c[3] ^ key1, p0 & 0xFFFFFFFF]
+            key0, key1 = (key0 + 0x9E3779B9) & 0xFFFFFFFF, (key1 + 0xBB67AE85) & 0xFFFFFFFF
+        found.append([half for word in c for half in (word & 0xFFFF, word >> 16)])
+    return found
+
+
+@pytest.mark.parametrize("scale", [1e-25, 1e-12, 1e12, 1e25])
+def test_numbers_whose_squares_leave_fp32(backend, scale):
+    M = with_spectrum(60, 40, lambda i: 2.0**-i, torch.float32)
+    plain, scaled = (rsvd(m, 4, generator=torch.Generator().manual_seed(0)) for m in (M, M * scale))
+    torch.testing.assert_close(scaled.S / scale, plain.S, rtol=1e-5, atol=0)
+    torch.testing.assert_close(scaled.Vh, plain.Vh, rtol=0, atol=1e-4)
+
+
+@pytest.mark.parametrize(
+    "spectrum", [lambda i: 0.6**i, lambda i: (1 + i) ** -1.5, lambda i: (1 + i) ** -1.0], ids="123"
+)
+@pytest.mark.parametrize("shape", [(1000, 300), (300, 1000), (513, 514)], ids=str)
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16], ids=str)
+def test_residual_and_angles_beside_the_peers(backend, spectrum, shape, dtype):
+    """Within 1.05 of the best, and no worse than torch.svd_lowrank and scikit-learn's randomized_svd."""
+    rank, generator = 8, torch.Generator().manual_seed(0)
+    M = with_spectrum(*shape, spectrum).to(dtype)
+    exact = M.double()
+    U, S, Vh = torch.linalg.svd(exact, full_matrices=False)
+    best = norm(S[rank:])
+    found = rsvd(M, rank, generator=generator)
+    error = norm(exact - product(found)) / best
+    assert error <= (1.05 if dtype != torch.bfloat16 else 1.3)
+    if dtype == torch.bfloat16:  # U and Vh are rounded to eight bits, which no peer does
+        return
+    u, s, v = torch.svd_lowrank(M, q=rank + 8, niter=2)
+    theirs = norm(exact - (u[:, :rank] * s[:rank]).double() @ v[:, :rank].double().mT) / best
+    u, s, vh = randomized_svd(M.numpy(), rank, n_oversamples=8, n_iter=2, random_state=0)
+    sklearns = norm(exact - torch.from_numpy((u * s) @ vh).double()) / best
+    assert error <= max(theirs, sklearns) + 2e-3
+    for mine, true in ((found.U.double().mT, U[:, :rank].mT), (found.Vh.double(), Vh[:rank])):
+        cosines = torch.linalg.svdvals(mine @ true.mT)
+        assert float(cosines.min()) >= 0.9  # of the angles between the leading subspaces
+        assert float(cosines[0]) >= 1 - 1e-5
+
+
+@native
+def test_bits_do_not_depend_on_the_number_of_threads():
+    entries = [
+        torch.randn(1500, 40),
+        torch.randn(3, 60, 80),
+        torch.randn(9, 700).bfloat16(),
+        torch.randn(20, 9).double(),
+    ]
+    entries += [(torch.randn(90, 6), torch.randn(6, 40)), (torch.randn(2, 8, 3), torch.randn(2, 3, 8))]
+    outcomes = []
+    threads = torch.get_num_threads()
+    try:
+        for count in (1, 2, 5):
+            torch.set_num_threads(count)
+            outcomes.append(rsvd(entries, 3, generator=torch.Generator().manual_seed(1)))
+    finally:
+        torch.set_num_threads(threads)
+    for other in outcomes[1:]:
+        assert all(
+            torch.equal(a, b) for x, y in zip(outcomes[0], other, strict=True) for a, b in zip(x, y, strict=True)
+        )
+
+
+def test_stacked_factors_of_several_loras(backend):
+    """Σ B_i A_i = [B_1 .. B_K] [A_1; ..; A_K], and ranks beyond the sizes."""
+    B, A = [torch.randn(50, r) for r in (4, 8, 3)], [torch.randn(r, 30) for r in (4, 8, 3)]
+    exact = sum(b.double() @ a.double() for b, a in zip(B, A, strict=True))
+    found = rsvd((torch.cat(B, 1), torch.cat(A)), 15)
+    assert norm(product(found) - exact) <= 3e-6 * norm(exact)
+    B, A = torch.randn(6, 40), torch.randn(40, 9)
+    found = rsvd((B, A), 6)
+    assert norm(product(found) - B.double() @ A.double()) <= 3e-6 * norm(B.double() @ A.double())
+    assert_orthonormal(found.U, found.Vh, 3e-6)
+
+
+def test_empty_batches(backend):
+    assert [part.shape for part in rsvd(torch.randn(0, 5, 4), 2)] == [(0, 5, 2), (0, 2), (0, 2, 4)]
+    assert [part.shape for part in rsvd((torch.randn(0, 5, 3), torch.randn(0, 3, 4)), 2)] == [
+        (0, 5, 2),
+        (0, 2),
+        (0, 2, 4),
+    ]
 
 
 @settings(max_examples=30, deadline=None)

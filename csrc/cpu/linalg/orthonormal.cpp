@@ -196,7 +196,7 @@ bool finite(const Matrix& A) {
 
 }  // namespace
 
-Orthonormal::Orthonormal(Matrix A, bool exact) : A_(A), length_(A.r) {
+Orthonormal::Orthonormal(Matrix A) : A_(A), length_(A.r) {
   const int64_t r = A.r;
   std::vector<double> gram(r * r);
   const auto measure = [&](int64_t, int64_t, const double* X, int64_t ld, Memory& memory) {
@@ -225,7 +225,7 @@ Orthonormal::Orthonormal(Matrix A, bool exact) : A_(A), length_(A.r) {
     longest = std::max(longest, std::sqrt(std::inner_product(row, row + i + 1, row, 0.0)));
     for (int64_t j = 0; j <= i; ++j) row[j] /= length_[j];
   }
-  if (!exact && A.type != ScalarType::Double && condition <= kOneRound) {
+  if (A.type != ScalarType::Double && condition <= kOneRound) {
     if (longest <= kInFloats) in_floats_.assign(inverse_[0].begin(), inverse_[0].end());
     return;
   }
@@ -266,12 +266,6 @@ void Orthonormal::write(void* Q, void* copy) const {
     apply_in_floats(in_floats_, A_, first, columns, memory, Q);
     if (copy != nullptr) copy_columns(A_, first, columns, copy);
   }
-}
-
-void Orthonormal::write(double* Q) const {
-  in_blocks(A_, inverse_[0], inverse_[1], [&](int64_t first, int64_t columns, const double* X, int64_t ld, Memory&) {
-    for (int64_t t = 0; t < A_.r; ++t) std::copy_n(X + t * ld, columns, Q + t * A_.d + first);
-  });
 }
 
 void Orthonormal::write_factor(double* L) const {  // of A = diag(length) L₁ L₂ Q

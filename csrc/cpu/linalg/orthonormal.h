@@ -30,18 +30,14 @@ struct Matrix {
 // One matrix on its way. Serial; scratch memory is the thread's own.
 class Orthonormal {
  public:
-  // Reads A. `exact`: to fp64's rounding whatever the dtype.
-  explicit Orthonormal(Matrix A, bool exact = false);
+  explicit Orthonormal(Matrix A);  // reads it
 
   Status status() const { return status_; }
 
   // Q in A's dtype, NaN where the status isn't kDone, and a copy of A beside it where `copy` is not null.
   void write(void* Q, void* copy = nullptr) const;
 
-  // Q in fp64. Needs the status kDone.
-  void write(double* Q) const;
-
-  // L [r, r], of A = L Q. Needs `exact` and the status kDone.
+  // L [r, r], of A = L Q. Needs fp64 and the status kDone.
   void write_factor(double* L) const;
 
  private:

@@ -42,6 +42,9 @@ struct Micro {
   // g[j, :] (+)= Σ_t z[t, j] keep(t, :) ⊙ x[t, :]. `add` false overwrites g.
   void (*outer)(Rows x, int64_t rows, int64_t columns, const C* z, int64_t r, Mask mask, C* g, int64_t ldg, bool add);
 
+  // c [rows, columns] = a [rows, depth] b [depth, columns], columns a multiple of lanes.
+  void (*thin)(const C* a, int64_t lda, int64_t rows, int64_t depth, const C* b, int64_t columns, C* c);
+
   // The bits of `blocks` blocks of eight elements from block `first` of Philox on; see mbf/ops/philox.py.
   void (*mask_bits)(uint64_t seed, uint32_t threshold, uint64_t first, int64_t blocks, uint8_t* bits);
 

@@ -13,6 +13,7 @@
 #include "outer.h"
 #include "philox.h"
 #include "project.h"
+#include "thin.h"
 
 namespace mbf::cpu::MBF_ISA {
 namespace {
@@ -70,8 +71,8 @@ void narrow(const C* from, int64_t n, void* to, ScalarType type) {
 
 template <typename C>
 const Micro<C>& micro() {
-  static constexpr Micro<C> table = {kLanes<C>, project<C>, expand<C>, outer<C>,         mask_bits,
-                                     widen<C>,  narrow<C>,  gated<C>,  gated_backward<C>};
+  static constexpr Micro<C> table = {kLanes<C>, project<C>, expand<C>, outer<C>, thin<C>,
+                                     mask_bits, widen<C>,   narrow<C>, gated<C>, gated_backward<C>};
   return table;
 }
 

@@ -16,7 +16,7 @@ from pydantic import Field, model_validator
 from torch import Tensor
 
 from mbf.methods.base import Factors, Layer, Method, MethodInfo, Options, register
-from mbf.ops import LoraTerms, merge_, orthonormal_rows, rsvd
+from mbf.ops import LoraTerms, merge_, orthonormal_rows, rsvd, task_boundary_
 
 SCHEDULES: dict[str, Callable[[int], float]] = {
     "1/sqrt(i)": lambda i: 1 / math.sqrt(i),
@@ -93,6 +93,7 @@ class Slao(Method):
     def __init__(self, **options: Any) -> None:
         super().__init__(**options)
         self._projected_B_merge: list[Tensor] | None = None  # after a change of rank
+        self._basis_of: tuple[Factors, list[Tensor]] | None = None  # the last (A_ft, B_ft), and Q of A_ft
 
     def trains(self, i: int) -> tuple[bool, bool]:
         return i == 1 or self.options.train != "B", i == 1 or self.options.train != "A"
@@ -149,7 +150,8 @@ class Slao(Method):
             case "random":
                 return self.fresh().A
         if self.options.basis == "qr":
-            return orthonormal_rows(last.A)
+            (of, Q), self._basis_of = self._basis_of or (None, []), None
+            return Q if of is last else orthonormal_rows(last.A)
         ranks = [self.options.rank or A.shape[0] for A in last.A]
         leading = _right_singular_vectors(last, [min(r, A.shape[0]) for r, A in zip(ranks, last.A, strict=True)])
         if all(Vh.shape[0] == r for Vh, r in zip(leading, ranks, strict=True)):
@@ -168,6 +170,12 @@ class Slao(Method):
 
     def _merge(self, finetuned: Factors, weight: float) -> Factors:
         A_merge, B_merge = finetuned.A, finetuned.B
+        options = self.options
+        if (options.merge, options.start, options.A_start, options.basis) == ("B", "last_ft", "orthonormal", "qr"):
+            B_merge = [B.clone() for B in self._B_merge]
+            Q = task_boundary_((A_merge, B_merge), (finetuned.A, finetuned.B), weight)  # both sides of the boundary
+            self._basis_of = finetuned, Q
+            return Factors(A_merge, B_merge)
         if self.options.merge != "A":
             B_merge = [B.clone() for B in self._B_merge]
             merge_(B_merge, finetuned.B, weight)

@@ -36,6 +36,27 @@ def test_algorithm_1_against_torch_qr():
     assert_same(merged3.B, [m + (b - m) / math.sqrt(3) for m, b in zip(merged2.B, ft3.B, strict=True)], **CLOSE)
 
 
+def test_the_boundary_is_one_call_and_a_resumed_run_starts_alike():
+    """The basis of the next task comes with the merge; without it, as after a resume, it's taken from the state."""
+    rule = method("slao")
+    learn(rule, 1)
+    with torch.autograd.profiler.profile() as profile:
+        learn(rule, 2)
+    names = [event.name for event in profile.function_events]
+    assert names.count("mbf::task_boundary_") == 1 and names.count("mbf::orthonormal_rows") == 1  # of task 1's A
+    saved = rule.state_dict()
+    with torch.autograd.profiler.profile() as profile:
+        rule.init_adapter(3)
+    assert "mbf::orthonormal_rows" not in [event.name for event in profile.function_events]
+    start = rule.current.clone()
+    rule.init_adapter(3)  # begun again: an interrupted task was undone
+    assert_same(rule.current.A, start.A)
+    rule.load_state_dict(saved)
+    rule.init_adapter(3)
+    assert_same(rule.current.A, start.A)
+    assert_same(rule.current.B, start.B)
+
+
 def test_closed_form_of_the_merge_over_thirty_tasks():
     rule, T = method("slao"), 30
     B = [learn(rule, i)[1].B for i in range(1, T + 1)]

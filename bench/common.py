@@ -75,17 +75,38 @@ def missing_gpu() -> str | None:
     return f"--device cuda: found {found}; {way}, or leave --device out to measure the CPU"
 
 
-def script_parser(description: str | None, row: str, budget: float) -> argparse.ArgumentParser:
+def plain_parser(description: str | None, row: str, budget: float) -> argparse.ArgumentParser:
     """A parser of the options that every script has; ``row`` is the word for what ``--budget`` is the budget of."""
     parser = argparse.ArgumentParser(description=(description or "").split("\n")[0])
     add = parser.add_argument
-    add("--p", action="append", type=float, help="dropout probability; may be repeated (default: 0 and 0.1)")
     add("--rounds", type=_rounds, default=20, help="of every variant, at least three")
     add("--budget", type=float, default=budget, help=f"seconds a {row} may take; it then has fewer rounds, but three")
     add("--threads", type=int)
-    add("--compile", action="store_true", help=f"with torch.compile of PEFT, about a minute a {row}")
     add("--csv", metavar="FILE")
     return parser
+
+
+def script_parser(description: str | None, row: str, budget: float) -> argparse.ArgumentParser:
+    """The same with the options of whatever trains a LoRA layer."""
+    parser = plain_parser(description, row, budget)
+    parser.add_argument(
+        "--p", action="append", type=float, help="dropout probability; may be repeated (default: 0, 0.1)"
+    )
+    parser.add_argument("--compile", action="store_true", help=f"with torch.compile of PEFT, about a minute a {row}")
+    return parser
+
+
+def cases_of(
+    description: str | None, argv: Sequence[str], cases: Mapping[str, Case], quick: Sequence[str], budget: float
+) -> argparse.Namespace:
+    """Parse the options of a script whose cases have names: all of them, those of ``--case``, or the quick ones."""
+    parser = plain_parser(description, "case", budget)
+    rows = parser.add_mutually_exclusive_group()
+    rows.add_argument("--case", action="append", choices=list(cases), metavar="NAME", help=f"of {', '.join(cases)}")
+    rows.add_argument("--quick", action="store_true", help="a few small cases")
+    args = parser.parse_args(argv)
+    args.cases = args.case or (list(quick) if args.quick else list(cases))
+    return args
 
 
 def _rounds(text: str) -> int:

@@ -1,54 +1,112 @@
-"""Claim: ``mbf.ops.merge_`` moves every B of a model in one pass, nearer to copy bandwidth than torch's own ways.
+"""Merging every B of a model in place, in one call: M ← M + λ (F − M), and its norms in the same pass.
 
-Geometry: B of all seven projections of SmolLM2-135M (210 tensors) and of Llama-2-7B's q and v (64), r = 8 and 16.
-Peers: ``torch._foreach_lerp_`` (one call, the best torch has) and a loop of ``Tensor.lerp_``. The floor is a copy of
-the same bytes. Run: ``python -m pytest bench/merge.py``.
+Against ``torch._foreach_lerp_`` (one call, the best torch has) and a loop of ``Tensor.lerp_``; with norms, against
+the same of separate calls. The floor is a copy of F into M: its bandwidth is what the machine has, and beside each time
+stands the variant's share of it (a merge reads two tensors and writes one, a copy reads one and writes one). Script:
+``python bench/merge.py``.
 """
 
 from __future__ import annotations
 
+import sys
+from collections.abc import Callable, Sequence
+from functools import partial
+from typing import Any
+
 import pytest
 import torch
+from common import cases_of, quartiles, run_script
+from contest import COLUMNS, Contest, Times, hold, show
+from geometry import MODELS
+from torch import Tensor
 
-from mbf.ops import merge_, merge_ref_, native_status
+from mbf.ops import MergeNorms, merge_, native_status
 
-SMOLLM2 = [576, 192, 192, 576, 1536, 1536, 576] * 30
-LLAMA_7B_QV = [4096, 4096] * 32
-GEOMETRIES = {"smollm2-135m all r8": (SMOLLM2, 8), "llama-2-7b q,v r16": (LLAMA_7B_QV, 16)}
 WEIGHT = 0.37
+CASES = {
+    f"{model}, r {r}, {str(dtype).removeprefix('torch.')}": (model, r, dtype)
+    for model, r in [("Llama-2-7B", 16), ("Llama-2-7B q, v", 8), ("Llama-3.2-1B", 16), ("SmolLM2-135M", 8)]
+    for dtype in (torch.float32, torch.bfloat16)
+}
+QUICK = ["SmolLM2-135M, r 8, float32", "SmolLM2-135M, r 8, bfloat16"]
+COPY = "copy (floor)"
+Lists = Sequence[Tensor]
 
-VARIANTS = {
-    "mbf.merge_": lambda M, F: merge_(M, F, WEIGHT),
-    "torch._foreach_lerp_": lambda M, F: torch._foreach_lerp_(M, F, WEIGHT),
-    "loop of lerp_": lambda M, F: [m.lerp_(f, WEIGHT) for m, f in zip(M, F, strict=True)],
-    "copy (floor)": lambda M, F: [m.copy_(f) for m, f in zip(M, F, strict=True)],
+
+def separate(M: Lists, F: Lists) -> MergeNorms:
+    """The merge, the three norms and the check for what isn't finite, each by a call for the whole list."""
+    step = torch._foreach_norm(torch._foreach_sub(F, M))
+    torch._foreach_lerp_(M, F, WEIGHT)
+    norms = torch._foreach_norm(F), step, torch._foreach_norm(M)
+    found = MergeNorms(*(torch.stack(norm) for norm in norms))
+    assert all(bool(f.isfinite().all()) for f in F)
+    return found
+
+
+def with_norms(M: Lists, F: Lists) -> MergeNorms:
+    norms = merge_(M, F, WEIGHT, norms=True)
+    assert bool(norms.finetuned.isfinite().all())
+    return norms
+
+
+VARIANTS: dict[str, Callable[[Lists, Lists], Any]] = {
+    "mbf": lambda M, F: merge_(M, F, WEIGHT),
+    "_foreach_lerp_": lambda M, F: torch._foreach_lerp_(M, F, WEIGHT),
+    "lerp_, loop": lambda M, F: [m.lerp_(f, WEIGHT) for m, f in zip(M, F, strict=True)],
+    COPY: lambda M, F: [m.copy_(f) for m, f in zip(M, F, strict=True)],
+    "mbf with norms": with_norms,
+    "separate with norms": separate,
 }
 
 
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=["fp32", "bf16"])
-@pytest.mark.parametrize("geometry", GEOMETRIES)
-@pytest.mark.parametrize("variant", VARIANTS)
-def test_merge(benchmark, variant, geometry, dtype):
-    d_out, r = GEOMETRIES[geometry]
-    torch.manual_seed(0)
-    merged = [torch.randn(d, r).to(dtype) for d in d_out]
-    finetuned = [torch.randn(d, r).to(dtype) for d in d_out]
+def build(case: str) -> Contest:
+    model, r, dtype = CASES[case]
+    merged = [torch.randn(d_out, r).to(dtype) for _, d_out in MODELS[model]]
+    finetuned = [torch.randn(d_out, r).to(dtype) for _, d_out in MODELS[model]]
     expected = [m.double() + WEIGHT * (f.double() - m.double()) for m, f in zip(merged, finetuned, strict=True)]
-    run = VARIANTS[variant]
-    check = [m.clone() for m in merged]
-    run(check, finetuned)
-    if "floor" not in variant:
-        for found, wanted in zip(check, expected, strict=True):
-            assert (found.double() - wanted).norm() <= 2 * torch.finfo(dtype).eps * wanted.norm()
-    benchmark.group = f"{geometry} {str(dtype).removeprefix('torch.')}"
+    copies = {name: [m.clone() for m in merged] for name in VARIANTS}
+
+    def check(name: str, found: Any) -> list[str]:
+        if name == COPY:
+            return []
+        errors = [float((m.double() - e).norm() / e.norm()) for m, e in zip(copies[name], expected, strict=True)]
+        problems = [f"off by {max(errors):.1e}"] if max(errors) > 2 * torch.finfo(dtype).eps else []
+        if isinstance(found, MergeNorms):
+            norms = torch.stack([f.double().norm() for f in finetuned])
+            if ((found.finetuned.double() - norms).abs() > 0.01 * norms).any():
+                problems.append("norms are off")
+        return problems
+
+    return Contest({name: partial(run, copies[name], finetuned) for name, run in VARIANTS.items()}, check)
+
+
+def shares(times: Times) -> Times:
+    """With every merge's share of the bandwidth of the copy."""
+    median = {name: quartiles(seconds)[1] for name, seconds in times.seconds.items()}
+    notes = {name: f"{1.5 * median[COPY] / median[name]:.2f} of the copy's bandwidth" for name in median}
+    return Times(times.seconds, {**notes, COPY: ""})
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    def arguments(argv: Sequence[str]):
+        return cases_of(__doc__, argv, CASES, QUICK, budget=20.0)
+
+    def measure(case: str, args) -> Times | list[str]:
+        found = hold(build(case), args.rounds, args.budget)
+        return found if isinstance(found, list) else shares(found)
+
+    return run_script("merge.py", argv, arguments, measure, show, COLUMNS)
+
+
+@pytest.mark.parametrize("case", QUICK)
+@pytest.mark.parametrize("variant", VARIANTS)
+def test_merge(benchmark, variant, case):
+    contest = build(case)
+    assert contest.check(variant, contest.calls[variant]()) == []
+    benchmark.group = case
     benchmark.extra_info |= {"native": native_status().loaded, "threads": torch.get_num_threads()}
-    benchmark.pedantic(run, args=(merged, finetuned), rounds=60, iterations=5, warmup_rounds=5)
+    benchmark.pedantic(contest.calls[variant], rounds=60, iterations=5, warmup_rounds=5)
 
 
-def test_reference_agrees():
-    M = [torch.randn(33, 5)]
-    F = [torch.randn(33, 5)]
-    expected = M[0].clone()
-    merge_(M, F, WEIGHT)
-    merge_ref_([expected], F, torch.tensor(WEIGHT, dtype=torch.float64))
-    torch.testing.assert_close(M[0], expected, rtol=1e-6, atol=1e-6)
+if __name__ == "__main__":
+    sys.exit(main())

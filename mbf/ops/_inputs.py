@@ -7,7 +7,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-FLOATS = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
+FLOATS = frozenset((torch.float64, torch.float32, torch.bfloat16, torch.float16))
 
 
 def check_floating(tensor: Tensor, name: str) -> None:

@@ -9,7 +9,7 @@ from typing import Any, Literal, NamedTuple, overload
 import torch
 from torch import Tensor
 
-from mbf.ops._inputs import by_device, check_floating
+from mbf.ops._inputs import FLOATS, by_device, check_floating
 from mbf.ops._library import define, reference_only
 
 
@@ -92,6 +92,7 @@ def merge_(
             not finite. Nothing is changed then.
     """
     check_pairs(merged, finetuned)
+    check_distinct(merged)
     weight = weight_tensor(weight)
     squares = torch.empty(len(merged), 3, dtype=torch.float64, device=merged[0].device if merged else "cpu")
     with torch.no_grad():
@@ -134,7 +135,25 @@ def check_pairs(
     merged: Sequence[Tensor], finetuned: Sequence[Tensor], names: tuple[str, str] = ("merged", "finetuned")
 ) -> None:
     """Raise TypeError or ValueError unless every tensor of one list can be merged into its partner of the other."""
-    into, source = names
+    if not _fit(merged, finetuned):  # a model has hundreds of pairs, so what's wrong is looked for only then
+        _complain(merged, finetuned, *names)
+
+
+def _fit(merged: Sequence[Tensor], finetuned: Sequence[Tensor]) -> bool:
+    if isinstance(merged, Tensor) or isinstance(finetuned, Tensor) or len(merged) != len(finetuned):
+        return False
+    return all(
+        isinstance(M, Tensor)
+        and isinstance(F, Tensor)
+        and M.dtype in FLOATS
+        and F.dtype in FLOATS
+        and M.shape == F.shape
+        and M.device == F.device
+        for M, F in zip(merged, finetuned, strict=True)
+    )
+
+
+def _complain(merged: Sequence[Tensor], finetuned: Sequence[Tensor], into: str, source: str) -> None:
     for argument, tensors in ((into, merged), (source, finetuned)):
         if isinstance(tensors, Tensor):
             raise TypeError(f"{argument}: got one tensor; pass a list of tensors, [{argument}]")
@@ -147,12 +166,13 @@ def check_pairs(
             raise ValueError(f"{source}[{n}]: got shape {tuple(F.shape)}; {into}[{n}] has {tuple(M.shape)}")
         if M.device != F.device:
             raise ValueError(f"{source}[{n}]: is on {F.device}; move it to {M.device}, where {into}[{n}] is")
-    if not torch.compiler.is_compiling():
-        _check_distinct(merged, into)
 
 
-def _check_distinct(merged: Sequence[Tensor], name: str) -> None:
+def check_distinct(merged: Sequence[Tensor]) -> None:
+    """Raise ValueError where two tensors begin at the same memory."""
+    if torch.compiler.is_compiling():
+        return
     first: dict[int, int] = {}
     for n, M in enumerate(merged):
         if M.numel() and first.setdefault(M.data_ptr(), n) != n:
-            raise ValueError(f"{name}[{n}]: is the same memory as {name}[{first[M.data_ptr()]}]; pass it once")
+            raise ValueError(f"merged[{n}]: is the same memory as merged[{first[M.data_ptr()]}]; pass it once")

@@ -11,7 +11,7 @@ from mbf.ops._inputs import by_device
 from mbf.ops._library import define, reference_only
 from mbf.ops._status import DONE, NOT_FINITE, NOT_FINITE_MESSAGE, given_up
 from mbf.ops.basis import check_rows, orthonormal_rows_ref, settle
-from mbf.ops.merge import check_pairs, merge_ref_, weight_tensor, written
+from mbf.ops.merge import check_distinct, check_pairs, merge_ref_, weight_tensor, written
 
 Pairs = tuple[Sequence[Tensor], Sequence[Tensor]]
 
@@ -79,33 +79,40 @@ def task_boundary_(merged: Pairs, finetuned: Pairs, weight: float | Tensor) -> l
     (merged_A, merged_B), (A, B) = merged, finetuned
     check_pairs(merged_A, A, ("A of merged", "A of finetuned"))
     check_pairs(merged_B, B, ("B of merged", "B of finetuned"))
-    check_pairs([*merged_A, *merged_B], [*A, *B])
-    names = [f"A[{n}] of finetuned" for n in range(len(A))]
-    for matrix, name in zip(A, names, strict=True):
-        if matrix.dim() != 2:
-            raise ValueError(f"{name}: has shape {tuple(matrix.shape)}; pass one matrix [r, d_in] a layer")
-        check_rows(matrix, name)
-    if len(A) != len(B):
-        raise ValueError(f"finetuned has {len(A)} A and {len(B)} B; pass one of each for every layer")
+    check_distinct([*merged_A, *merged_B])
+    _check_layers(A, B)
     weight = weight_tensor(weight)
     groups = by_device(A)
     if len(groups) > 1:
-        _check_finite(A, B, names)
+        _check_finite(A, B)
     found: dict[int, Tensor] = {}
     with torch.no_grad():
         for here in groups:
-            M_A, M_B, A_ft, B_ft = ([tensors[n].detach() for n in here] for tensors in (merged_A, merged_B, A, B))
+            M_A, M_B, A_ft, B_ft = ([tensors[n] for n in here] for tensors in (merged_A, merged_B, A, B))
             Q = [torch.empty_like(matrix, memory_format=torch.contiguous_format) for matrix in A_ft]
             operator = task_boundary_ref_ if reference_only() else torch.ops.mbf.task_boundary_.default
-            of_A, of_B = operator(M_A, M_B, Q, A_ft, B_ft, weight.to(Q[0].device)).view(2, -1)
-            settle(A_ft, Q, of_A, [names[n] for n in here])
-            given_up(of_B, B_ft, [f"B[{n}] of finetuned" for n in here])
+            status = operator(M_A, M_B, Q, A_ft, B_ft, weight.to(Q[0].device))
+            if status.any():
+                of_A, of_B = status.view(2, -1)
+                settle(A_ft, Q, of_A, [f"A[{n}] of finetuned" for n in here])
+                given_up(of_B, B_ft, [f"B[{n}] of finetuned" for n in here])
             found.update(zip(here, Q, strict=True))
     written([*merged_A, *merged_B])
     return [found[n] for n in range(len(A))]
 
 
-def _check_finite(A: Sequence[Tensor], B: Sequence[Tensor], names: Sequence[str]) -> None:
+def _check_layers(A: Sequence[Tensor], B: Sequence[Tensor]) -> None:
+    if len(A) != len(B):
+        raise ValueError(f"finetuned has {len(A)} A and {len(B)} B; pass one of each for every layer")
+    for n, (a, b) in enumerate(zip(A, B, strict=True)):
+        if a.dim() != 2 or not 1 <= a.shape[0] <= a.shape[1]:
+            check_rows(a, f"A[{n}] of finetuned")
+            raise ValueError(f"A[{n}] of finetuned: has shape {tuple(a.shape)}; pass one matrix [r, d_in] a layer")
+        if a.device != b.device:
+            raise ValueError(f"B[{n}] of finetuned: is on {b.device}; move it to {a.device}, where A[{n}] is")
+
+
+def _check_finite(A: Sequence[Tensor], B: Sequence[Tensor]) -> None:
     """Look at all devices before the first of them writes."""
     for tensors, name in ((A, "A"), (B, "B")):
         for n, tensor in enumerate(tensors):

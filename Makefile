@@ -12,11 +12,11 @@ PYTHON ?= $(shell for p in python3 python3.11 python3.12 python3.13 python3.14 p
 bin := $(VENV)/bin
 pip := $(bin)/python -m pip
 done := $(VENV)/.done
-native := setup.py $(shell find csrc -name '*.cpp' -o -name '*.h' -o -name '*.cu' -o -name '*.cuh' 2>/dev/null)
+native := setup.py csrc/ops.cpp $(shell find csrc/cpu -name '*.cpp' -o -name '*.h' 2>/dev/null)
 export HF_HUB_DISABLE_TELEMETRY := 1
 
 .DEFAULT_GOAL := help
-.PHONY: help run test lint wheel bench clean
+.PHONY: help run test lint emulation wheel bench clean
 .DELETE_ON_ERROR:
 .NOTPARALLEL:
 
@@ -40,21 +40,29 @@ lint: $(done)/dev ## ruff, mypy and clang-format
 	$(bin)/mypy
 	find csrc -name '*.cpp' -o -name '*.h' -o -name '*.cu' -o -name '*.cuh' | xargs -r $(bin)/clang-format --dry-run -Werror
 
+# The sanitizers' library must be the first of the process, and libstdc++ be there when it looks for its exceptions.
+emulation: $(done)/test $(done)/native ## the tests of the CUDA kernels on the CPU, under AddressSanitizer and UBSan
+	MBF_EMULATION_SANITIZE=1 ASAN_OPTIONS=detect_leaks=0 \
+		LD_PRELOAD="$$($${CXX:-g++} -print-file-name=libasan.so) $$($${CXX:-g++} -print-file-name=libstdc++.so)" \
+		$(bin)/python -m pytest --capture=sys tests/cuda --ignore tests/cuda/test_build.py
+
 # The wheel is proved from its own files: installed alone into an empty folder, imported from elsewhere, one operator run.
 wheel: $(done)/dev ## build dist/*.whl, install it into an empty folder and run an operator from there
 	rm -rf dist build/lib* build/bdist* build/wheel-check
-	MBF_BUILD_CPU=1 $(bin)/python -m build --wheel --no-isolation
+	MBF_BUILD_CPU=1 MBF_BUILD_CUDA=$(if $(shell command -v nvcc),1,auto) $(bin)/python -m build --wheel --no-isolation
 	$(pip) install --quiet --no-deps --target build/wheel-check dist/*.whl
 	cd build/wheel-check && $(abspath $(bin))/python -c 'import pathlib, torch, mbf, mbf.kernels; \
 		assert pathlib.Path(mbf.__file__).parent.parent == pathlib.Path.cwd(), mbf.__file__; \
 		old, new = torch.zeros(3), torch.ones(3); mbf.ops.merge_([old], [new], 0.5); assert old.tolist() == [0.5] * 3; \
-		print("wheel:", mbf.__version__, "- compiled extension:", mbf.ops.native_status().reason)'
+		from mbf.ops._cuda import cuda_status; \
+		print("wheel:", mbf.__version__, "- compiled extension:", mbf.ops.native_status().reason, \
+			"- CUDA extension:", cuda_status().reason)'
 
 bench: $(done)/dev $(done)/native ## the benchmarks of bench/, or those of BENCH
 	$(bin)/python -m pytest $(BENCH)
 
 clean: ## remove what make built, the environment included; runs/ and the cache of models and data stay
-	rm -rf $(VENV) build dist *.egg-info mbf/_C*.so .mypy_cache .ruff_cache .pytest_cache .hypothesis .benchmarks
+	rm -rf $(VENV) build dist *.egg-info mbf/_C*.so mbf/_cuda*.so .mypy_cache .ruff_cache .pytest_cache .hypothesis .benchmarks
 
 # torch comes first: building without isolation compiles against the very torch that will load the extension.
 $(done)/torch: constraints.txt

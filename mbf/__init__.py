@@ -20,6 +20,8 @@ if TYPE_CHECKING:
     from mbf import continual, peft
     from mbf.continual import ContinualLora, TaskError
     from mbf.peft.fuse import fuse, fused, unfuse
+    from mbf.peft.initialise import orthogonalize_
+    from mbf.peft.pissa import init_pissa_
     from mbf.peft.report import FuseReport
 
 try:
@@ -34,8 +36,10 @@ __all__ = [
     "continual",
     "fuse",
     "fused",
+    "init_pissa_",
     "methods",
     "ops",
+    "orthogonalize_",
     "peft",
     "unfuse",
     "use_backend",
@@ -48,6 +52,8 @@ _LAZY = {
     "FuseReport": "mbf.peft",
     "fuse": "mbf.peft",
     "fused": "mbf.peft",
+    "init_pissa_": "mbf.peft",
+    "orthogonalize_": "mbf.peft",
     "unfuse": "mbf.peft",
 }
 

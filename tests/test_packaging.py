@@ -67,7 +67,7 @@ def build(tree, hook, **environment):
     return subprocess.run(
         [sys.executable, "-c", code],
         cwd=tree,
-        env={**os.environ, "MBF_BUILD_CPU": "", **environment},
+        env={**os.environ, "MBF_BUILD_CPU": "", "MBF_BUILD_CUDA": "0", **environment},
         capture_output=True,
         text=True,
         check=False,
@@ -76,10 +76,11 @@ def build(tree, hook, **environment):
 
 @source_tree
 def test_without_a_compiler_the_wheel_is_pure_and_says_so(tree):
-    run = build(tree, "build_wheel", CXX="/nonexistent/c++")
+    run = build(tree, "build_wheel", CXX="/nonexistent/c++", MBF_BUILD_CUDA="auto", CUDA_HOME="/nonexistent")
     assert run.returncode == 0, run.stderr
-    notice = [line for line in run.stderr.splitlines() if line.startswith("mbf: ")]
-    assert len(notice) == 1 and "without the compiled extension" in notice[0] and "/nonexistent/c++" in notice[0]
+    of_cpu, of_cuda = (line for line in run.stderr.splitlines() if line.startswith("mbf: "))
+    assert "without the compiled extension" in of_cpu and "/nonexistent/c++" in of_cpu
+    assert "without the CUDA extension" in of_cuda and "/nonexistent/bin/nvcc" in of_cuda
     (wheel,) = (tree / "out").glob("*.whl")
     assert wheel.name.endswith("-py3-none-any.whl")
     with zipfile.ZipFile(wheel) as archive:
@@ -98,6 +99,24 @@ def test_an_extension_that_is_required_or_misspelt_fails_with_one_line(tree, val
     run = build(tree, "build_wheel", CXX="/nonexistent/c++", MBF_BUILD_CPU=value)
     assert run.returncode != 0
     assert message in run.stderr.splitlines()[-1]
+
+
+@source_tree
+@pytest.mark.parametrize(
+    ("value", "message"),
+    [("1", "MBF_BUILD_CUDA=1, but the CUDA extension cannot be built: the CUDA compiler"), ("yes", "set it to 0")],
+)
+def test_a_cuda_extension_that_is_required_or_misspelt_fails_with_one_line(tree, value, message):
+    run = build(tree, "build_wheel", MBF_BUILD_CPU="0", MBF_BUILD_CUDA=value, CUDA_HOME="/nonexistent")
+    assert run.returncode != 0
+    assert message in run.stderr.splitlines()[-1]
+
+
+@source_tree
+def test_an_editable_install_compiles_no_cuda_unless_told(tree):
+    run = build(tree, "build_editable", MBF_BUILD_CPU="0", MBF_BUILD_CUDA="auto")
+    assert run.returncode == 0, run.stderr
+    assert not (tree / "build" / "cuda").exists() and not list((tree / "mbf").glob("*.so"))
 
 
 @source_tree

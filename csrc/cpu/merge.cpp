@@ -16,8 +16,8 @@
 #include <cstdint>
 #include <type_traits>
 
-#include "finite.h"
 #include "kernels.h"
+#include "linalg/finite.h"
 #include "lora/micro.h"
 #include "lora/torch.h"
 #include "simd.h"

@@ -5,27 +5,80 @@ from __future__ import annotations
 import dataclasses
 import json
 from pathlib import Path
-from typing import Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
 from mbf.cli import show, values
 from mbf.cli.console import out as console
 
+if TYPE_CHECKING:
+    from mbf.continual import MergeReport
+
+
+_SHOWN = 10
+
 
 def merge(
     adapters: Annotated[list[Path], typer.Argument(help="PEFT adapters, in the order in which they were trained.")],
     out: Annotated[Path, typer.Option("--out", help="Folder of the merged adapter.")],
     method: Annotated[str, typer.Option("--method", help="How to merge; see mbf methods.")] = "slao",
+    rank: Annotated[
+        int | None,
+        typer.Option("--rank", min=1, help="Re-compress the result: the largest rank that a layer of it may have."),
+    ] = None,
     option: Annotated[
         list[str] | None, typer.Option("--option", metavar="KEY=VALUE", help="Option of the method; repeat for more.")
     ] = None,
 ) -> None:
-    """Merge trained PEFT LoRA adapters one after another into one."""
+    """Merge trained PEFT LoRA adapters one after another into one.
+
+    With --rank, B A of every layer above it becomes its best approximation, and the share of its norm kept is printed.
+
+    One adapter alone is just re-compressed.
+
+    Different ranks: --method inclora sums them; slao needs --option basis=rsvd --option B_start=preserve.
+    """
     from mbf.continual import merge_adapters
 
-    written = merge_adapters(adapters, out, method=method, **values.settings("--option", option or []))
-    console().print(f"{len(adapters)} adapters merged by {method}: {written}", markup=False, soft_wrap=True)
+    settings = values.settings("--option", option or [])
+    if "rank" in settings:
+        raise typer.BadParameter(
+            "found rank: the adapters decide it while they are merged, and --rank that of the result",
+            param_hint="--option",
+        )
+    report = merge_adapters(adapters, out, method=method, rank=rank, **settings)
+    if rank is not None:
+        _show_compression(rank, report)
+    some = "1 adapter" if len(adapters) == 1 else f"{len(adapters)} adapters"
+    console().print(f"{some} merged by {method}: {report.path}", markup=False, soft_wrap=True)
+
+
+def _show_compression(rank: int, report: MergeReport) -> None:
+    """The layers that keep least, and a line for all."""
+    if not report.compressed:
+        console().print(f"no layer has a rank above {rank}; nothing to re-compress")
+        return
+    worst = sorted(report.compressed, key=lambda layer: layer.kept)
+    table = {
+        layer.name: {
+            "rank": f"{layer.before} → {layer.after}",
+            "norm kept": _percent(layer.kept),
+            "relative error": _percent(layer.lost / layer.norm if layer.norm else 0.0),
+        }
+        for layer in worst[:_SHOWN]
+    }
+    console().print(show.records("layer", table))
+    if rest := worst[_SHOWN:]:
+        console().print(f"and {len(rest)} more, which keep {_percent(rest[0].kept)} or more")
+    console().print(
+        f"re-compressed to rank {rank}: {_percent(report.kept)} of the Frobenius norm kept over {len(worst)} layers, "
+        f"{_percent(worst[0].kept)} at least"
+    )
+
+
+def _percent(share: float) -> str:
+    return f"{100 * share:.2f} %"
 
 
 def methods(

@@ -64,6 +64,7 @@ app.command(
     epilog=_examples(
         "mbf merge adapters/agnews adapters/yahoo adapters/amazon --out merged",
         "mbf merge adapters/* --out merged --option schedule=1/i",
+        "mbf merge adapters/* --out merged --method inclora --rank 8",
     ),
 )(adapters.merge)
 app.command("methods", epilog=_examples("mbf methods", "mbf methods --json | jq '.slao.options'"))(adapters.methods)

@@ -2,11 +2,13 @@
 
 from mbf.continual.learner import ContinualLora, NonFiniteAdapterError, TaskError, TaskRecord
 from mbf.continual.metrics import FORMULAS, ScoreMatrix
-from mbf.continual.offline import merge_adapters
+from mbf.continual.offline import Compressed, MergeReport, merge_adapters
 
 __all__ = [
     "FORMULAS",
+    "Compressed",
     "ContinualLora",
+    "MergeReport",
     "NonFiniteAdapterError",
     "ScoreMatrix",
     "TaskError",

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+import math
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
 from os import PathLike
 from pathlib import Path
 from typing import Any
@@ -15,8 +17,8 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
 from mbf.continual.atomic import whole_directory
-from mbf.methods import Factors, Layer, get
-from mbf.ops import LoraTerms
+from mbf.methods import Factors, Layer, Method, Options, get
+from mbf.ops import LoraTerms, rsvd
 from mbf.peft import describe_ranks
 
 _PREFIX = "base_model.model."
@@ -38,43 +40,172 @@ class _StoredLayer:
         """Nothing computes here."""
 
 
+@dataclass(frozen=True)
+class Compressed:
+    """What re-compression did to one layer.
+
+    Attributes:
+        name: the layer, as PEFT's patterns name it.
+        before, after: its ranks.
+        norm: ‖s B A‖ (Frobenius) before.
+        lost: ‖s (B A − B' A')‖, from the singular values left out.
+    """
+
+    name: str
+    before: int
+    after: int
+    norm: float
+    lost: float
+
+    @property
+    def kept(self) -> float:
+        """‖B' A'‖ over ‖B A‖, from 0 to 1; 1 where B A is zero."""
+        return _share(self.norm, self.lost)
+
+
+@dataclass(frozen=True)
+class MergeReport:
+    """What ``merge_adapters`` wrote.
+
+    Attributes:
+        path: directory of the merged adapter.
+        compressed: the layers whose rank was lowered, in the order of their names; empty without ``rank``.
+    """
+
+    path: Path
+    compressed: tuple[Compressed, ...] = ()
+
+    @property
+    def kept(self) -> float:
+        """As ``Compressed.kept``, of all re-compressed layers as one vector."""
+        norms, losses = ([getattr(layer, field) for layer in self.compressed] for field in ("norm", "lost"))
+        return _share(math.hypot(*norms), math.hypot(*losses))
+
+    def __fspath__(self) -> str:
+        return str(self.path)
+
+
+def _share(norm: float, lost: float) -> float:
+    return math.sqrt(max(0.0, 1 - (lost / norm) ** 2)) if norm else 1.0
+
+
 def merge_adapters(
-    adapters: Sequence[str | PathLike[str]], out: str | PathLike[str], method: str = "slao", **options: Any
-) -> Path:
+    adapters: Sequence[str | PathLike[str]],
+    out: str | PathLike[str],
+    method: str = "slao",
+    *,
+    rank: int | None = None,
+    **options: Any,
+) -> MergeReport:
     """Merge PEFT LoRA adapters in the order given, as if their tasks had been learnt one after another.
 
     Every adapter is taken as the fine-tuned LoRA (A_ft, B_ft) of its task. For ``slao`` the result is the last A and
     Σ w_i B_i with the weights of its closed form.
 
+    Adapters of other scales than the first's are brought to it: ``s B A = s_1 (s / s_1 B) A``. Of other ranks, methods
+    that sum or choose functions (``inclora``, ``olora``, ``seqlora``, ``magmax`` with ``space="delta"``) take any;
+    ``slao`` with ``basis="rsvd"`` and ``B_start="preserve"`` goes to each adapter's rank as the learner does with its
+    option ``rank``, by projecting B_merge on the leading right singular vectors of the last B_ft A_ft.
+
+    With ``rank``, the merged B A of every layer above it becomes its best approximation of that rank (Eckart and Young
+    1936), from the exact SVD of the factors (``mbf.ops.rsvd``): ``B = U √S``, ``A = √S Vh``, so both factors have the
+    same norm. The scale stays, and ``lora_alpha`` follows. Layers at the rank or below it are left as they are. One
+    adapter alone is re-compressed.
+
     Args:
         adapters: directories that ``save_pretrained`` wrote; at least one.
         out: directory of the merged adapter, which plain PEFT loads. Replaced if it exists.
         method: a method whose merge needs nothing but the trained adapters.
-        **options: the method's options.
+        rank: the largest rank that a layer of the result may have; default: what the method gives.
+        **options: the method's options, but for slao's ``rank``, which the adapters decide.
 
     Returns:
-        ``out``.
+        Where the adapter was written, and what each re-compressed layer kept.
 
     Raises:
-        ValueError: an adapter is missing, not a LoRA, or does not fit the first one (layers, shapes, scale); a method
-            that cannot merge offline.
+        ValueError: an adapter is missing, not a LoRA, or does not fit the first one (layers, widths, ranks); a method
+            that cannot merge offline; rank < 1. Nothing is written then.
     """
     if not adapters:
         raise ValueError("no adapter to merge; give the directories of one or more PEFT adapters")
+    if rank is not None and rank < 1:
+        raise ValueError(f"rank is {rank}; a LoRA has at least rank 1")
     rule = get(method)(**options)
     configs = [_config(Path(path)) for path in adapters]
     loaded = [_layers(Path(path), config) for path, config in zip(adapters, configs, strict=True)]
-    layers = loaded[0]
+    layers, ranks = loaded[0], [layer.A.shape[0] for layer in loaded[0]]
     for path, other in zip(adapters[1:], loaded[1:], strict=True):
         _check_fits(Path(adapters[0]), layers, Path(path), other)
-    rule.layers, ranks = layers, [layer.A.shape[0] for layer in layers]
-    with torch.no_grad():
-        for i, task in enumerate(loaded, start=1):
+    starts = _starts(rule, options, adapters, loaded)
+    finetuned = [_at_scale_of(layers, task) for task in loaded]
+    rule.layers = layers
+    # A rank that grows starts with random rows: always the same ones, and the caller's random numbers are not touched.
+    with torch.no_grad(), torch.random.fork_rng(devices=[]):
+        torch.manual_seed(0)
+        for i, factors in enumerate(finetuned, start=1):
             rule.merged = rule.current.clone()
-            rule.write(Factors([layer.A.data for layer in task], [layer.B.data for layer in task]))
+            if i in starts:
+                rule.options = starts[i]
+                rule.init_adapter(i)
+            rule.write(factors)
             rule.after_task(i, None)
+        compressed = _compress(layers, rank) if rank is not None else ()
     _write(Path(out), layers, configs[0], [layer.A.shape[0] for layer in layers] != ranks)
-    return Path(out)
+    return MergeReport(Path(out), compressed)
+
+
+def _at_scale_of(layers: list[_StoredLayer], task: list[_StoredLayer]) -> Factors:
+    """The factors of ``task`` for the scales of ``layers``; untouched where these are the same."""
+    B = []
+    for layer, own in zip(layers, task, strict=True):
+        same = math.isclose(own.scale, layer.scale, rel_tol=1e-6)
+        B.append(own.B.data if same else (own.B.data.double() * (own.scale / layer.scale)).to(own.B.dtype))
+    return Factors([own.A.data.clone() for own in task], B)
+
+
+def _starts(
+    rule: Method, options: Mapping[str, Any], adapters: Sequence[str | PathLike[str]], loaded: list[list[_StoredLayer]]
+) -> dict[int, Options]:
+    """For slao's adapters of several ranks: by task, the options with which it starts at the rank of its adapter."""
+    ranks = [[layer.A.shape[0] for layer in task] for task in loaded]
+    other = next((n for n, found in enumerate(ranks) if found != ranks[0]), None)
+    if other is None or "rank" not in type(rule).Options.model_fields:
+        return {}
+    layer = next(n for n, (a, b) in enumerate(zip(ranks[0], ranks[other], strict=True)) if a != b)
+    found, first = ranks[other][layer], ranks[0][layer]
+    try:
+        if any(len(set(task)) > 1 for task in ranks[1:]):
+            raise ValueError("the layers of one adapter differ in rank")
+        return {i: rule.Options(**{**options, "rank": task[0]}) for i, task in enumerate(ranks[1:], start=2)}
+    except ValueError:
+        raise ValueError(
+            f"{adapters[other]}: {loaded[other][layer].name} has rank {found}, {adapters[0]} has {first}. {rule.name} "
+            "goes from rank to rank with basis='rsvd', B_start='preserve' and one rank for all layers of an adapter. "
+            f"Otherwise bring each to one rank first (mbf merge ADAPTER --out DIR --rank {min(map(min, ranks))}, or "
+            "merge_adapters with rank=), or sum them with method 'inclora'"
+        ) from None
+
+
+def _compress(layers: list[_StoredLayer], rank: int) -> tuple[Compressed, ...]:
+    """Replace B A of every layer above ``rank`` by its best approximation of that rank, B = U √S, A = √S Vh."""
+    groups: dict[int, list[_StoredLayer]] = {}
+    for layer in layers:
+        if layer.A.shape[0] > rank:
+            groups.setdefault(min(*layer.A.shape, layer.B.shape[0]), []).append(layer)
+    compressed: dict[str, Compressed] = {}
+    for all_of_them, here in groups.items():
+        wide = [torch.promote_types(layer.A.dtype, torch.float32) for layer in here]
+        triples = rsvd(
+            [(layer.B.data.to(w), layer.A.data.to(w)) for layer, w in zip(here, wide, strict=True)], all_of_them
+        )
+        for layer, (U, S, Vh) in zip(here, triples, strict=True):
+            before, name, values = layer.A.shape[0], layer.name.removeprefix(_PREFIX), S.double() * layer.scale
+            root = S[:rank].sqrt()
+            layer.write((root[:, None] * Vh[:rank]).to(layer.A.dtype), (U[:, :rank] * root).to(layer.B.dtype))
+            lost = float(torch.linalg.vector_norm(values[rank:]))
+            norm = float(torch.linalg.vector_norm(values))
+            compressed[layer.name] = Compressed(name, before, layer.A.shape[0], norm, lost)
+    return tuple(compressed[layer.name] for layer in layers if layer.name in compressed)
 
 
 def _config(path: Path) -> LoraConfig:
@@ -129,15 +260,13 @@ def _check_fits(first: Path, layers: list[_StoredLayer], path: Path, other: list
             f"{path} and {first} adapt different layers, e.g. {min(names ^ found)}; train them with one config"
         )
     for a, b in zip(layers, other, strict=True):
-        if a.A.shape != b.A.shape or a.B.shape != b.B.shape:
+        if a.A.shape[1] != b.A.shape[1] or a.B.shape[0] != b.B.shape[0]:
             raise ValueError(
                 f"{path}: {b.name} has A {list(b.A.shape)}, B {list(b.B.shape)}; {first} has {list(a.A.shape)}, "
-                f"{list(a.B.shape)}; train both with one rank on one model"
+                f"{list(a.B.shape)}; train both on one model"
             )
-        if abs(a.scale - b.scale) > 1e-6 * abs(a.scale):
-            raise ValueError(
-                f"{path}: {b.name} has scale {b.scale}, {first} {a.scale}; train both with one lora_alpha / r"
-            )
+        if a.scale == 0:
+            raise ValueError(f"{first}: {a.name} has scale 0 and computes nothing; leave this adapter out")
 
 
 def _write(out: Path, layers: list[_StoredLayer], config: LoraConfig, changed: bool) -> None:

@@ -1,7 +1,8 @@
 """The way of an operator to its Triton kernels: from tensors on a GPU, and into graphs of torch.compile.
 
-triton and ``mbf.kernels`` are imported by the first call that needs them. What the kernels do not compute, they decline
-with NotImplemented, and the operator's reference computes it in plain torch.
+triton and ``mbf.kernels`` are imported by the first call that needs them. Where triton is absent, the kernels of
+``mbf._cuda`` in CUDA C++ stand in for them. What kernels do not compute, they decline with NotImplemented, and the
+operator's reference computes it in plain torch.
 """
 
 from __future__ import annotations
@@ -15,7 +16,11 @@ import torch
 from torch import Tensor, nn
 from torch._subclasses.functional_tensor import FunctionalTensorMode
 
+from mbf.ops import _cuda
+
 _PLAIN = (Tensor, nn.Parameter)
+_CUDA_DTYPES = (torch.float32, torch.bfloat16, torch.float16)
+_CUDA_RANKS = 256  # kMostRanks in csrc/cuda/lora/operands.cuh
 _kernels: dict[str, Callable[..., Any]] = {}
 
 
@@ -26,16 +31,57 @@ def obstacle() -> str | None:
         from mbf.kernels import _launch  # noqa: F401
     except ImportError as error:
         reason = f"triton cannot be imported ({error})"
-        warnings.warn(f"mbf: {reason}; on a GPU the operators are computed in plain torch", stacklevel=2)
+        instead = "in plain torch" if _cuda.library() is None else "by the kernels of mbf._cuda"
+        warnings.warn(f"mbf: {reason}; on a GPU the operators are computed {instead}", stacklevel=2)
         return reason
     return None
 
 
-def _or_reference(kernel: Callable[..., Any], reference: Callable[..., Any]) -> Callable[..., Any]:
-    """``kernel`` on the device of its tensors, or ``reference`` where it declines or cannot be used."""
+def _declined(*inputs: Any) -> Any:
+    return NotImplemented
+
+
+def by_cuda(name: str) -> Callable[..., Any]:
+    """Operator ``name`` of ``mbf._cuda``; NotImplemented where it is not there or not for these dtypes and this rank.
+
+    The inputs end with the nine of ``_operands.SCHEMA`` or, of a backward operator, with these and ``needs``.
+    """
 
     def compute(*inputs: Any) -> Any:
-        found = kernel(*inputs) if obstacle() is None else NotImplemented
+        operator = getattr(_cuda.library(), name, None)
+        if operator is None:
+            return NotImplemented
+        operands = 9 + isinstance(inputs[-1], list)
+        A = inputs[-operands]
+        taken = _CUDA_DTYPES if A.dtype == torch.float32 else (A.dtype,)
+        fits = A.dtype in _CUDA_DTYPES and A.shape[0] <= _CUDA_RANKS
+        fits = fits and all(t is None or t.dtype in taken for t in inputs[:-operands])
+        return operator(*inputs) if fits else NotImplemented
+
+    return compute
+
+
+def in_cuda(name: str) -> Callable[..., Any]:
+    """Operator ``name`` of ``mbf._cuda``, which computes whatever it is given; NotImplemented where it isn't loaded."""
+    return with_cuda(lambda *inputs: getattr(_cuda.library(), name)(*inputs))
+
+
+def with_cuda(compute: Callable[..., Any]) -> Callable[..., Any]:
+    """``compute``, which calls operators that ``mbf._cuda`` has; NotImplemented where that is not loaded."""
+
+    def guarded(*inputs: Any) -> Any:
+        return NotImplemented if _cuda.library() is None else compute(*inputs)
+
+    return guarded
+
+
+def _or_reference(
+    kernel: Callable[..., Any] | None, reference: Callable[..., Any], cuda: Callable[..., Any] = _declined
+) -> Callable[..., Any]:
+    """``kernel`` on the device of its tensors, or ``cuda`` without triton; ``reference`` where these decline."""
+
+    def compute(*inputs: Any) -> Any:
+        found = (cuda if kernel is None or obstacle() is not None else kernel)(*inputs)
         return reference(*inputs) if found is NotImplemented else found
 
     def run(*inputs: Any) -> Any:
@@ -48,14 +94,26 @@ def _or_reference(kernel: Callable[..., Any], reference: Callable[..., Any]) -> 
     return run
 
 
-def serve(library: torch.library.Library, name: str, kernel: Callable[..., Any], reference: Callable[..., Any]) -> None:
-    """Let ``kernel`` compute operator ``name`` of ``library`` on a GPU; what it declines, the reference does.
+def serve(
+    library: torch.library.Library,
+    name: str,
+    kernel: Callable[..., Any] | None,
+    reference: Callable[..., Any],
+    cuda: Callable[..., Any] | None = None,
+) -> None:
+    """Let ``kernel``, or without triton or a kernel ``cuda``, compute operator ``name`` of ``library`` on a GPU.
+
+    What they decline, the reference computes.
 
     Graphs of torch.compile hold the launches themselves, as those of ``torch.library.triton_op`` do, which knows no
     operators with CPU kernels: the operator is taken apart as it is made functional.
     """
 
-    run = _or_reference(kernel, reference)
+    run = _or_reference(kernel, reference, cuda or _declined)
+    library.impl(name, run, "CUDA")
+    _kernels[name] = run
+    if kernel is None:
+        return
 
     def take_apart(mode: Any, operator: Any, types: Any, inputs: tuple[Any, ...], keywords: Any = None) -> Any:
         found = NotImplemented
@@ -66,9 +124,7 @@ def serve(library: torch.library.Library, name: str, kernel: Callable[..., Any],
                 found = kernel(*inputs)
         return mode.__torch_dispatch__(operator, types, inputs, keywords or {}) if found is NotImplemented else found
 
-    library.impl(name, run, "CUDA")
     torch.library.register_torch_dispatch(f"mbf::{name}", FunctionalTensorMode, take_apart, lib=library)
-    _kernels[name] = run
 
 
 def entrance(name: str, probe: int = 0) -> Callable[..., Any]:

@@ -62,19 +62,24 @@ def native_status() -> NativeStatus:
 
 
 def define(
-    schema: str, reference: Callable[..., Any], fake: Callable[..., Any], gpu: Callable[..., Any] | None = None
+    schema: str,
+    reference: Callable[..., Any],
+    fake: Callable[..., Any],
+    gpu: Callable[..., Any] | None = None,
+    cuda: Callable[..., Any] | None = None,
 ) -> None:
     """Define operator ``mbf::<schema>`` with its reference for every device and its fake (shape-only) kernel.
 
     A kernel of the compiled extension for the same operator takes precedence on its device, and ``gpu`` does on GPUs:
     it imports its part of ``mbf.kernels`` when it is called, and returns NotImplemented for what that doesn't compute.
+    Where triton is absent, or there is no ``gpu``, ``cuda`` is called in its place.
     """
     name = schema.split("(", 1)[0]
     LIBRARY.define(schema, tags=(torch.Tag.pt2_compliant_tag,))
     LIBRARY.impl(name, reference, "CompositeExplicitAutograd")
     torch.library.register_fake(f"mbf::{name}", fake, lib=LIBRARY)
-    if gpu is not None:
-        serve(LIBRARY, name, gpu, reference)
+    if gpu is not None or cuda is not None:
+        serve(LIBRARY, name, gpu, reference, cuda)
 
 
 def reference_only() -> bool:

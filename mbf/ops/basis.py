@@ -8,6 +8,7 @@ from typing import overload
 import torch
 from torch import Tensor
 
+from mbf.ops._gpu import in_cuda
 from mbf.ops._inputs import by_device, check_matrix
 from mbf.ops._library import define, reference_only
 from mbf.ops._status import given_up, matrix_at, status_of
@@ -65,7 +66,7 @@ def _fake(A: Sequence[Tensor]) -> list[Tensor]:
 
 
 # Q for every A and, last, the status of every matrix.
-define("orthonormal_rows(Tensor[] A) -> Tensor[]", _operator_ref, _fake)
+define("orthonormal_rows(Tensor[] A) -> Tensor[]", _operator_ref, _fake, cuda=in_cuda("orthonormal_rows"))
 
 
 @overload

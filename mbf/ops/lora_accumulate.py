@@ -9,7 +9,7 @@ from torch import Tensor
 
 from mbf.ops import _branch
 from mbf.ops._autograd import differentiable
-from mbf.ops._gpu import entrance
+from mbf.ops._gpu import by_cuda, entrance
 from mbf.ops._library import define, reference_only
 from mbf.ops._operands import SCHEMA, Branch, autocast_to, autocasts, prepare
 from mbf.ops.philox import dropout
@@ -88,13 +88,20 @@ def _backward_gpu(dy: Tensor, h: Tensor, x: Tensor | None, *operands: Any) -> An
     return kernels.backward(dy, h, x, Branch(*rest), needs)
 
 
-define(f"lora_accumulate(Tensor y, Tensor x, {SCHEMA}) -> (Tensor, Tensor)", _forward, _forward_fake, _forward_gpu)
+define(
+    f"lora_accumulate(Tensor y, Tensor x, {SCHEMA}) -> (Tensor, Tensor)",
+    _forward,
+    _forward_fake,
+    _forward_gpu,
+    by_cuda("lora_accumulate"),
+)
 define(
     f"lora_accumulate_backward(Tensor dy, Tensor h, Tensor? x, {SCHEMA}, bool[] needs) "
     "-> (Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor)",
     _backward,
     _backward_fake,
     _backward_gpu,
+    by_cuda("lora_accumulate_backward"),
 )
 
 

@@ -7,6 +7,7 @@ which is summed over the layers as it is made instead of being n tensors that au
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Sequence
+from functools import partial
 from typing import Any, NamedTuple
 
 import torch
@@ -15,7 +16,7 @@ from torch.autograd.function import once_differentiable
 from torch.nn import functional as F
 
 from mbf.ops import _branch
-from mbf.ops._gpu import entrance
+from mbf.ops._gpu import entrance, with_cuda
 from mbf.ops._library import define, reference_only
 from mbf.ops._operands import Branch, autocast_to, autocasts, prepare
 from mbf.ops.lora_linear import LoraTerms, _check_base, lora_linear, lora_linear_ref
@@ -183,19 +184,60 @@ def layers_backward(
     return [None if dx is None else dx.view(*lead, dx.shape[-1]), *found]
 
 
-def _forward(x: Tensor, weights: list[Tensor], biases: list[Tensor | None], *lists: Any) -> list[Tensor]:
+_linear = entrance("lora_linear")
+_linear_backward = entrance("lora_linear_backward")
+
+
+def composed_forward(
+    x: Tensor, weight: Tensor, bias: Tensor | None, branch: Branch, h: Tensor | None = None
+) -> tuple[Tensor, Tensor]:
+    """``layer_forward`` by operator ``lora_linear``, which makes h again, the same bits."""
+    return _linear(x, weight, bias, *branch)
+
+
+def composed_backward(
+    dys: Sequence[Tensor | None],
+    hs: Sequence[Tensor],
+    x: Tensor | None,
+    weights: Sequence[Tensor],
+    of_layers: Sequence[Branch],
+    needs: Sequence[bool],
+) -> list[Tensor | None]:
+    """``layers_backward`` by operator ``lora_linear_backward`` of each layer."""
+    need_x, *of_branches = needs
+    dx = None
+    found: list[Tensor | None] = []
+    for n, (dy, h, weight, branch) in enumerate(zip(dys, hs, weights, of_layers, strict=True)):
+        if dy is None:
+            found += [None] * GRADIENTS
+            continue
+        need = [need_x, False, False, *of_branches[GRADIENTS * n : GRADIENTS * (n + 1)]]
+        more, _, _, *gradients = _linear_backward(dy, h, x, weight, *branch, need)
+        found += gradients
+        if more is not None:
+            dx = more if dx is None else dx.add_(more)
+    return [dx, *found]
+
+
+def _forward(
+    x: Tensor, weights: list[Tensor], biases: list[Tensor | None], *lists: Any, layer: Any = layer_forward
+) -> list[Tensor]:
     results = [
-        layer_forward(x, weight, bias, branch)
-        for weight, bias, branch in zip(weights, biases, branches(lists), strict=True)
+        layer(x, weight, bias, branch) for weight, bias, branch in zip(weights, biases, branches(lists), strict=True)
     ]
     return [y for y, _ in results] + [h for _, h in results]
 
 
 def _backward(
-    dys: list[Tensor | None], hs: list[Tensor], x: Tensor | None, weights: list[Tensor], *lists_and_needs: Any
+    dys: list[Tensor | None],
+    hs: list[Tensor],
+    x: Tensor | None,
+    weights: list[Tensor],
+    *lists_and_needs: Any,
+    layers: Any = layers_backward,
 ) -> list[Tensor]:
     *lists, needs = lists_and_needs
-    return list(_branch.packed(hs[0], layers_backward(dys, hs, x, weights, branches(lists), needs)))
+    return list(_branch.packed(hs[0], layers(dys, hs, x, weights, branches(lists), needs)))
 
 
 def _forward_fake(x: Tensor, weights: list[Tensor], biases: Any, A: list[Tensor], *_: Any) -> list[Tensor]:
@@ -236,12 +278,14 @@ define(
     _forward,
     _forward_fake,
     _forward_gpu,
+    with_cuda(partial(_forward, layer=composed_forward)),
 )
 define(
     f"lora_group_backward(Tensor?[] dys, Tensor[] hs, Tensor? x, Tensor[] weights, {SCHEMA}, bool[] needs) -> Tensor[]",
     _backward,
     _backward_fake,
     _backward_gpu,
+    with_cuda(partial(_backward, layers=composed_backward)),
 )
 _forward_operator = entrance("lora_group")
 _backward_operator = entrance("lora_group_backward", 1)

@@ -9,7 +9,7 @@ from torch.nn import functional as F
 
 from mbf.ops import _branch
 from mbf.ops._autograd import differentiable
-from mbf.ops._gpu import entrance
+from mbf.ops._gpu import by_cuda, entrance
 from mbf.ops._library import define, reference_only
 from mbf.ops._operands import SCHEMA, Branch, autocast_to, autocasts, prepare
 from mbf.ops.lora_accumulate import lora_accumulate_ref
@@ -107,6 +107,7 @@ define(
     _forward,
     _forward_fake,
     _forward_gpu,
+    by_cuda("lora_linear"),
 )
 define(
     f"lora_linear_backward(Tensor dy, Tensor h, Tensor? x, Tensor weight, {SCHEMA}, bool[] needs) -> "
@@ -114,6 +115,7 @@ define(
     _backward,
     _backward_fake,
     _backward_gpu,
+    by_cuda("lora_linear_backward"),
 )
 _backward_operator = entrance("lora_linear_backward")
 _enter = differentiable("lora_linear", _setup_context, _autograd_backward)

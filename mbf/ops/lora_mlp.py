@@ -20,7 +20,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from mbf.ops import _branch
-from mbf.ops._gpu import entrance
+from mbf.ops._gpu import entrance, with_cuda
 from mbf.ops._library import define, reference_only
 from mbf.ops._operands import autocast_to, autocasts
 from mbf.ops.lora_group import (
@@ -34,6 +34,8 @@ from mbf.ops.lora_group import (
     branches,
     check_frozen,
     checked,
+    composed_backward,
+    composed_forward,
     layer_forward,
     layers_backward,
     linear,
@@ -66,13 +68,15 @@ def lora_mlp_ref(
 # -- the operator and its backward -------------------------------------------------------------------------------------
 
 
-def _forward(x: Tensor, weights: list[Tensor], biases: list[Tensor | None], *rest: Any) -> list[Tensor]:
+def _forward(
+    x: Tensor, weights: list[Tensor], biases: list[Tensor | None], *rest: Any, layer: Any = layer_forward
+) -> list[Tensor]:
     *lists, activation, recompute = rest
     gate, up, down = zip(weights, biases, branches(lists), strict=True)
     act, _ = _ACTIVATIONS[activation]
-    g, h_gate = layer_forward(x, *gate)
-    u, h_up = layer_forward(x, *up)
-    y, h_down = layer_forward(act(g) * u, *down)
+    g, h_gate = layer(x, *gate)
+    u, h_up = layer(x, *up)
+    y, h_down = layer(act(g) * u, *down)
     if recompute:
         g, u = x.new_empty(0), x.new_empty(0)
     return [y, g, u, h_gate, h_up, h_down]
@@ -87,20 +91,22 @@ def _backward(
     weights: list[Tensor],
     biases: list[Tensor | None],
     *rest: Any,
+    layer: Any = layer_forward,
+    layers: Any = layers_backward,
 ) -> list[Tensor]:
     *lists, activation, needs = rest
     of_layers = branches(lists)
     act, act_backward = _ACTIVATIONS[activation]
     if g is None or u is None:
-        (g, _), (u, _) = map(layer_forward, (x, x), weights, biases, of_layers, hs)
+        (g, _), (u, _) = map(layer, (x, x), weights, biases, of_layers, hs)
     of_down = needs[1 + 2 * GRADIENTS :]
     below = any(needs[: 1 + 2 * GRADIENTS])
     a = act(g)
-    dp, *down = layers_backward([dy], hs[2:], a * u, weights[2:], of_layers[2:], [below, *of_down])
+    dp, *down = layers([dy], hs[2:], a * u, weights[2:], of_layers[2:], [below, *of_down])
     above: list[Tensor | None] = [None] * (1 + 2 * GRADIENTS)
     if dp is not None:
         dg_du = [act_backward(dp * u, g), dp * a]
-        above = layers_backward(dg_du, hs[:2], x, weights[:2], of_layers[:2], needs[: 1 + 2 * GRADIENTS])
+        above = layers(dg_du, hs[:2], x, weights[:2], of_layers[:2], needs[: 1 + 2 * GRADIENTS])
     return list(_branch.packed(dy, [*above, *down]))
 
 
@@ -138,6 +144,7 @@ define(
     _forward,
     _forward_fake,
     _forward_gpu,
+    with_cuda(partial(_forward, layer=composed_forward)),
 )
 define(
     "lora_mlp_backward(Tensor dy, Tensor x, Tensor? g, Tensor? u, Tensor[] hs, Tensor[] weights, Tensor?[] biases, "
@@ -145,6 +152,7 @@ define(
     _backward,
     _backward_fake,
     _backward_gpu,
+    with_cuda(partial(_backward, layer=composed_forward, layers=composed_backward)),
 )
 _forward_operator = entrance("lora_mlp")
 _backward_operator = entrance("lora_mlp_backward")

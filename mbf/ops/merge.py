@@ -9,6 +9,7 @@ from typing import Any, Literal, NamedTuple, overload
 import torch
 from torch import Tensor
 
+from mbf.ops._gpu import in_cuda
 from mbf.ops._inputs import FLOATS, by_device, check_floating
 from mbf.ops._library import define, reference_only
 
@@ -53,8 +54,13 @@ def _merge_with_norms_fake(merged: Sequence[Tensor], finetuned: Sequence[Tensor]
 # The weight is a 0-d tensor, not a float: a schedule's new λ then neither recompiles a graph nor reads a value back
 # from a GPU.
 _ARGUMENTS = "Tensor(a!)[] merged, Tensor[] finetuned, Tensor weight"
-define(f"merge_({_ARGUMENTS}) -> ()", merge_ref_, _merge_fake)
-define(f"merge_with_norms_({_ARGUMENTS}) -> Tensor", merge_with_norms_ref_, _merge_with_norms_fake)
+define(f"merge_({_ARGUMENTS}) -> ()", merge_ref_, _merge_fake, cuda=in_cuda("merge_"))
+define(
+    f"merge_with_norms_({_ARGUMENTS}) -> Tensor",
+    merge_with_norms_ref_,
+    _merge_with_norms_fake,
+    cuda=in_cuda("merge_with_norms_"),
+)
 
 
 @overload

@@ -9,6 +9,8 @@ from typing import NamedTuple, overload
 import torch
 from torch import Tensor
 
+from mbf.ops import _cuda, _rsvd_cuda
+from mbf.ops._gpu import with_cuda
 from mbf.ops._inputs import by_device, check_matrix
 from mbf.ops._library import define, reference_only
 from mbf.ops._status import given_up, matrix_at, status_of
@@ -118,8 +120,14 @@ define(
     "rsvd(Tensor[] matrices, Tensor seeds, int rank, int oversample, int n_iter) -> Tensor[]",
     _rsvd_operator_ref,
     lambda matrices, seeds, rank, oversample, n_iter: _fake(matrices, matrices, rank),
+    cuda=with_cuda(lambda *inputs: _rsvd_cuda.rsvd(_cuda.library(), *inputs)),
 )
-define("svd_factors(Tensor[] B, Tensor[] A, int rank) -> Tensor[]", _svd_factors_operator_ref, _fake)
+define(
+    "svd_factors(Tensor[] B, Tensor[] A, int rank) -> Tensor[]",
+    _svd_factors_operator_ref,
+    _fake,
+    cuda=with_cuda(lambda *inputs: _rsvd_cuda.svd_factors(_cuda.library(), *inputs)),
+)
 
 
 @overload

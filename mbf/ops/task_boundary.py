@@ -7,6 +7,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
+from mbf.ops._gpu import in_cuda
 from mbf.ops._inputs import by_device
 from mbf.ops._library import define, reference_only
 from mbf.ops._status import DONE, NOT_FINITE, NOT_FINITE_MESSAGE, given_up
@@ -52,6 +53,7 @@ define(
     "Tensor weight) -> Tensor",
     task_boundary_ref_,
     _fake,
+    cuda=in_cuda("task_boundary_"),
 )
 
 

@@ -15,6 +15,7 @@ from typing import Any, NamedTuple
 import torch
 
 from mbf.ops import native_status
+from mbf.ops._cuda import cuda_status
 from mbf.ops._gpu import obstacle
 from mbf.run.versions import versions
 from mbf.streams.fetch import cache_dir
@@ -78,6 +79,7 @@ def _gpu() -> dict[str, Any]:
         "nvcc": shutil.which("nvcc"),
         "triton": version("triton") if importlib.util.find_spec("triton") else None,
         "Triton kernels": _triton_kernels(),
+        "CUDA kernels": cuda_status().reason,
     }
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import subprocess
 import sys
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -83,6 +84,60 @@ print(*(w.message for w in said), sep="\\n")
     first, *said = done.stdout.splitlines()
     assert first == "2.0 2.0", done.stderr
     assert len(said) == 1 and "triton cannot be imported" in said[0]
+
+
+def operands_of(dtype: torch.dtype, base: torch.dtype, rank: int = 2) -> list[Any]:
+    x, weight, A, B = (torch.ones(shape, dtype=base) for shape in ((3, 8), (4, 8), (rank, 8), (4, rank)))
+    return [x, weight, None, A.to(dtype), B.to(dtype), 1.0, None, None, 0.0, None, None, None]
+
+
+@pytest.fixture
+def cuda_library(monkeypatch: pytest.MonkeyPatch) -> SimpleNamespace:
+    """Triton is absent, and mbf._cuda has what the test puts here."""
+    library = SimpleNamespace()
+    monkeypatch.setattr(_gpu, "obstacle", lambda: "triton cannot be imported")
+    monkeypatch.setattr(_gpu._cuda, "library", lambda: library)
+    return library
+
+
+@pytest.mark.parametrize(
+    ("dtype", "base", "rank", "taken"),
+    [
+        (torch.float32, torch.float32, 2, True),
+        (torch.float32, torch.bfloat16, 256, True),
+        (torch.float16, torch.float16, 2, True),
+        (torch.float32, torch.float32, 257, False),
+        (torch.bfloat16, torch.float32, 2, False),
+        (torch.float64, torch.float64, 2, False),
+        (torch.float32, torch.float64, 2, False),
+    ],
+)
+@pytest.mark.parametrize("needs", [[], [[True] * 9]], ids=["forward", "backward"])
+def test_without_triton_cuda_computes_what_it_can(
+    cuda_library: SimpleNamespace, dtype: torch.dtype, base: torch.dtype, rank: int, taken: bool, needs: list[Any]
+) -> None:
+    cuda_library.lora_linear = lambda *inputs: ("by CUDA C++", inputs)
+    run = _gpu._or_reference(lambda *_: 1 / 0, lambda *_: "reference", _gpu.by_cuda("lora_linear"))
+    inputs = (*operands_of(dtype, base, rank), *needs)
+    assert run(*inputs) == (("by CUDA C++", inputs) if taken else "reference")
+
+
+def test_an_operator_that_cuda_lacks_is_left_to_the_reference(
+    cuda_library: SimpleNamespace, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    run = _gpu._or_reference(lambda *_: 1 / 0, lambda *_: "reference", _gpu.by_cuda("lora_linear"))
+    assert run(*operands_of(torch.float32, torch.float32)) == "reference"
+    composed = _gpu._or_reference(lambda *_: 1 / 0, lambda *_: "reference", _gpu.with_cuda(lambda *_: "composed"))
+    assert composed(torch.ones(1)) == "composed"
+    monkeypatch.setattr(_gpu._cuda, "library", lambda: None)
+    assert composed(torch.ones(1)) == "reference"
+    assert run(*operands_of(torch.float32, torch.float32)) == "reference"
+
+
+def test_with_triton_cuda_is_not_asked(cuda_library: SimpleNamespace, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(_gpu, "obstacle", lambda: None)
+    run = _gpu._or_reference(lambda *_: "Triton", lambda *_: "reference", lambda *_: 1 / 0)
+    assert run(torch.ones(1)) == "Triton"
 
 
 def test_the_kernels_a_call_launches() -> None:

@@ -3,7 +3,7 @@
 #include <algorithm>
 #include <cmath>
 
-#include "../finite.h"
+#include "finite.h"
 #include "sketch.h"
 
 namespace mbf::cpu::linalg {

@@ -13,6 +13,7 @@
 #include <algorithm>
 
 #include "basis.h"
+#include "cholesky.cuh"
 #include "ops.h"
 #include "pieces.h"
 #include "vectors.h"
@@ -20,12 +21,10 @@
 namespace mbf::cuda {
 namespace {
 
-constexpr int kThreads = 256;
 constexpr int kColumns = 32;           // staged at a time
 constexpr int kStride = kColumns + 1;  // of a staged row, so that a column's numbers lie in different banks
 constexpr int kSlice = 1024;           // columns of a block
 constexpr int kMostRows = 184;         // of which two stages fit the 99 KiB that every GPU has; others are given up
-constexpr double kDependent = 1e-13;   // as csrc/cpu/linalg/cholesky.h
 constexpr double kOneRound = 3e3;      // as csrc/cpu/linalg/orthonormal.cpp
 constexpr double kLeast = 1e-280, kMost = 1e280;
 
@@ -60,7 +59,7 @@ __device__ bool stage(const Entry& entry, int64_t first, double* to) {
   bool finite = true;
   const bool whole = entry.d % kPack<T> == 0 && reinterpret_cast<uintptr_t>(A) % 16 == 0;
   constexpr int kPacks = kColumns / kPack<T>;
-  for (int n = threadIdx.x; n < entry.r * kPacks; n += kThreads) {
+  for (int n = threadIdx.x; n < entry.r * kPacks; n += kCholeskyThreads) {
     const int row = n / kPacks, column = n % kPacks * kPack<T>;
     const T* from = A + row * entry.d + first + column;
     double* into = to + row * kStride + column;
@@ -80,7 +79,7 @@ __device__ bool stage(const Entry& entry, int64_t first, double* to) {
 // to = T X for a lower triangle T [r, r] in global memory and staged rows X.
 __device__ void multiply(const double* T, const double* X, int r, double* to) {
   const int column = static_cast<int>(threadIdx.x) % kColumns;
-  for (int row = static_cast<int>(threadIdx.x) / kColumns; row < r; row += kThreads / kColumns) {
+  for (int row = static_cast<int>(threadIdx.x) / kColumns; row < r; row += kCholeskyThreads / kColumns) {
     double sum = 0.0;
     for (int j = 0; j <= row; ++j) sum = __fma_rn(load(T + row * r + j), X[j * kStride + column], sum);
     to[row * kStride + column] = sum;
@@ -90,7 +89,7 @@ __device__ void multiply(const double* T, const double* X, int r, double* to) {
 // Adds X Xᵀ of the staged columns to this slice's share, whose entry (i, j), j ≤ i, is always the same thread's.
 __device__ void add_products(const double* X, int r, double* partial, bool begin) {
   const int entries = r * (r + 1) / 2;
-  for (int n = threadIdx.x; n < entries; n += kThreads) {
+  for (int n = threadIdx.x; n < entries; n += kCholeskyThreads) {
     int i = static_cast<int>((sqrtf(8.0f * n + 1.0f) - 1.0f) / 2.0f);
     while ((i + 1) * (i + 2) / 2 <= n) ++i;
     while (i * (i + 1) / 2 > n) --i;
@@ -103,7 +102,7 @@ __device__ void add_products(const double* X, int r, double* partial, bool begin
 }
 
 template <typename T, bool kAgain>
-__global__ void __launch_bounds__(kThreads) gram_kernel(const __grid_constant__ Table table) {
+__global__ void __launch_bounds__(kCholeskyThreads) gram_kernel(const __grid_constant__ Table table) {
   MBF_SHARED(double, rows);
   const Entry& entry = table.entry[entry_of(table.entry, table.count, blockIdx.x)];
   if (entry.r > kMostRows) return;
@@ -130,23 +129,12 @@ __global__ void __launch_bounds__(kThreads) gram_kernel(const __grid_constant__ 
   }
 }
 
-__device__ __forceinline__ double sum_of_block(double value, double* of_warps) {
-#pragma unroll
-  for (int lanes = kWarp / 2; lanes > 0; lanes /= 2) value += __shfl_xor_sync(0xffffffffu, value, lanes);
-  __syncthreads();
-  if (threadIdx.x % kWarp == 0) of_warps[threadIdx.x / kWarp] = value;
-  __syncthreads();
-  double sum = 0.0;
-  for (int warp = 0; warp < kThreads / kWarp; ++warp) sum += of_warps[warp];
-  return sum;
-}
-
 // G, into the first slice's place: whole, and in the first round scaled; returns the status that this settles.
 template <bool kAgain>
 __device__ int32_t sum_shares(const Entry& entry, double* G, double* lengths) {
   const int r = entry.r;
   int bad = 0;
-  for (int n = threadIdx.x; n < r * r; n += kThreads) {
+  for (int n = threadIdx.x; n < r * r; n += kCholeskyThreads) {
     const int i = n / r, j = n % r;
     if (j > i) continue;
     double sum = 0.0;
@@ -156,14 +144,14 @@ __device__ int32_t sum_shares(const Entry& entry, double* G, double* lengths) {
     store(G + n, sum);
   }
   if (!kAgain) {
-    for (int slice = threadIdx.x; slice < entry.slices; slice += kThreads) {
+    for (int slice = threadIdx.x; slice < entry.slices; slice += kCholeskyThreads) {
       if (load(entry.finite + slice) == 0) bad |= 2;
     }
   }
   const int not_finite = __syncthreads_or(bad & 2), extreme = __syncthreads_or(bad & 1);
   if (not_finite) return kNotFinite;
   if (extreme) return kGivenUp;
-  for (int n = threadIdx.x; n < r * r; n += kThreads) {
+  for (int n = threadIdx.x; n < r * r; n += kCholeskyThreads) {
     const int i = n / r, j = n % r;
     if (j > i) continue;
     const double scaled = i == j && !kAgain ? 1.0 : load(G + n) / (lengths[i] * lengths[j]);
@@ -173,49 +161,10 @@ __device__ int32_t sum_shares(const Entry& entry, double* G, double* lengths) {
   return kDone;
 }
 
-// L in place of the lower triangle of G; false where rows depend on one another.
-__device__ bool cholesky(double* G, int r) {
-  for (int j = 0; j < r; ++j) {
-    const double pivot = load(G + j * r + j);
-    __syncthreads();
-    if (!(pivot >= kDependent * r)) return false;  // the same in all threads
-    const double root = sqrt(pivot);
-    for (int i = j + static_cast<int>(threadIdx.x); i < r; i += kThreads)
-      store(G + i * r + j, load(G + i * r + j) / root);
-    __syncthreads();
-    const int below = r - j - 1;
-    for (int n = threadIdx.x; n < below * below; n += kThreads) {
-      const int i = j + 1 + n / below, k = j + 1 + n % below;
-      if (k > i) continue;
-      store(G + i * r + k, __fma_rn(-load(G + i * r + j), load(G + k * r + j), load(G + i * r + k)));
-    }
-    __syncthreads();
-  }
-  return true;
-}
-
-// L⁻¹, a column a thread; returns the thread's share of the squares of L and of L⁻¹, whose rows may be divided by the
-// lengths as they're written.
-__device__ void invert(const double* L, int r, const double* lengths, double* inverse, double& squares,
-                       double& of_inverse) {
-  for (int j = threadIdx.x; j < r; j += kThreads) {
-    for (int i = 0; i < r; ++i) {
-      double sum = i == j ? 1.0 : 0.0;
-      for (int k = j; k < i; ++k) sum = __fma_rn(-load(L + i * r + k), load(inverse + k * r + j), sum);
-      const double number = i < j ? 0.0 : sum / load(L + i * r + i);
-      store(inverse + i * r + j, number);
-      if (i < j) continue;
-      of_inverse = __fma_rn(number, number, of_inverse);
-      squares = __fma_rn(load(L + i * r + j), load(L + i * r + j), squares);
-    }
-    for (int i = j; i < r; ++i) store(inverse + i * r + j, load(inverse + i * r + j) / lengths[j]);
-  }
-}
-
 template <typename T, bool kAgain>
-__global__ void __launch_bounds__(kThreads) factor_kernel(const __grid_constant__ Table table) {
+__global__ void __launch_bounds__(kCholeskyThreads) factor_kernel(const __grid_constant__ Table table) {
   MBF_SHARED(double, lengths);
-  __shared__ double of_warps[kThreads / kWarp];
+  __shared__ double of_warps[kCholeskyThreads / kWarp];
   const Entry& entry = table.entry[blockIdx.x];
   if (kAgain && (load(entry.status) != kDone || load(entry.again) == 0)) return;
   int32_t status = kGivenUp;
@@ -237,7 +186,7 @@ __global__ void __launch_bounds__(kThreads) factor_kernel(const __grid_constant_
 }
 
 template <typename T>
-__global__ void __launch_bounds__(kThreads) apply_kernel(const __grid_constant__ Table table) {
+__global__ void __launch_bounds__(kCholeskyThreads) apply_kernel(const __grid_constant__ Table table) {
   MBF_SHARED(double, rows);
   if (table.veto != nullptr && load(table.veto) != 0) return;
   const Entry& entry = table.entry[entry_of(table.entry, table.count, blockIdx.x)];
@@ -250,7 +199,7 @@ __global__ void __launch_bounds__(kThreads) apply_kernel(const __grid_constant__
   const bool whole = entry.d % kPack<T> == 0 && reinterpret_cast<uintptr_t>(Q) % 16 == 0;
   if (!done) {
     const T nan = convert<T>(sqrtf(-1.0f));
-    for (int64_t n = threadIdx.x; n < r * (end - begin); n += kThreads) {
+    for (int64_t n = threadIdx.x; n < r * (end - begin); n += kCholeskyThreads) {
       store(Q + n / (end - begin) * entry.d + begin + n % (end - begin), nan);
     }
     return;
@@ -267,7 +216,7 @@ __global__ void __launch_bounds__(kThreads) apply_kernel(const __grid_constant__
     }
     const double* found = again ? rows : products;
     constexpr int kPacks = kColumns / kPack<T>;
-    for (int n = threadIdx.x; n < r * kPacks; n += kThreads) {
+    for (int n = threadIdx.x; n < r * kPacks; n += kCholeskyThreads) {
       const int row = n / kPacks, column = n % kPacks * kPack<T>;
       const double* from = found + row * kStride + column;
       T* to = Q + row * entry.d + first + column;
@@ -367,10 +316,10 @@ void Basis::measure(int32_t* status, cudaStream_t stream) {
       using T = typename decltype(type)::type;
       const auto matrices = static_cast<unsigned int>(table.count);
       const size_t lengths = sizeof(double) * kMostRows;
-      MBF_LAUNCH((gram_kernel<T, false>), pieces, kThreads, shared_bytes(table, 1), stream, table);
-      MBF_LAUNCH((factor_kernel<T, false>), matrices, kThreads, lengths, stream, table);
-      MBF_LAUNCH((gram_kernel<T, true>), pieces, kThreads, shared_bytes(table, 2), stream, table);
-      MBF_LAUNCH((factor_kernel<T, true>), matrices, kThreads, lengths, stream, table);
+      MBF_LAUNCH((gram_kernel<T, false>), pieces, kCholeskyThreads, shared_bytes(table, 1), stream, table);
+      MBF_LAUNCH((factor_kernel<T, false>), matrices, kCholeskyThreads, lengths, stream, table);
+      MBF_LAUNCH((gram_kernel<T, true>), pieces, kCholeskyThreads, shared_bytes(table, 2), stream, table);
+      MBF_LAUNCH((factor_kernel<T, true>), matrices, kCholeskyThreads, lengths, stream, table);
     });
   });
 }
@@ -380,8 +329,8 @@ void Basis::write(const std::vector<Tensor>& Q, int32_t* status, const int32_t* 
   each_matrix(Q, [&](const Tensor&, void* data) { places.push_back(data); });
   in_tables(places, status, veto, [&](ScalarType dtype, const Table& table, unsigned int pieces) {
     with_type(dtype, "orthonormal_rows: A", [&](auto type) {
-      MBF_LAUNCH((apply_kernel<typename decltype(type)::type>), pieces, kThreads, shared_bytes(table, 2), stream,
-                 table);
+      MBF_LAUNCH((apply_kernel<typename decltype(type)::type>), pieces, kCholeskyThreads, shared_bytes(table, 2),
+                 stream, table);
     });
   });
 }

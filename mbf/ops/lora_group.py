@@ -16,6 +16,7 @@ from torch.autograd.function import once_differentiable
 from torch.nn import functional as F
 
 from mbf.ops import _branch
+from mbf.ops._composed import GRADIENTS, composed_backward, composed_forward
 from mbf.ops._gpu import entrance, with_cuda
 from mbf.ops._library import define, reference_only
 from mbf.ops._operands import Branch, autocast_to, autocasts, prepare
@@ -25,7 +26,6 @@ SCHEMA = (
     "Tensor[] A, Tensor[] B, float[] scales, Tensor?[] gates, Tensor?[] mixes, float[] dropout_ps, Tensor?[] seeds, "
     "Tensor?[] merged_Bs, Tensor?[] merge_weights"
 )
-GRADIENTS = 6  # of a member: of A, B, gate, mix, merged_B and merge_weight
 
 
 class GroupLayer(NamedTuple):
@@ -182,41 +182,6 @@ def layers_backward(
                 _branch.add_product_(dx, rows, weight)
             _branch.add_input_gradient_(dx, dh, keep, branch)
     return [None if dx is None else dx.view(*lead, dx.shape[-1]), *found]
-
-
-_linear = entrance("lora_linear")
-_linear_backward = entrance("lora_linear_backward")
-
-
-def composed_forward(
-    x: Tensor, weight: Tensor, bias: Tensor | None, branch: Branch, h: Tensor | None = None
-) -> tuple[Tensor, Tensor]:
-    """``layer_forward`` by operator ``lora_linear``, which makes h again, the same bits."""
-    return _linear(x, weight, bias, *branch)
-
-
-def composed_backward(
-    dys: Sequence[Tensor | None],
-    hs: Sequence[Tensor],
-    x: Tensor | None,
-    weights: Sequence[Tensor],
-    of_layers: Sequence[Branch],
-    needs: Sequence[bool],
-) -> list[Tensor | None]:
-    """``layers_backward`` by operator ``lora_linear_backward`` of each layer."""
-    need_x, *of_branches = needs
-    dx = None
-    found: list[Tensor | None] = []
-    for n, (dy, h, weight, branch) in enumerate(zip(dys, hs, weights, of_layers, strict=True)):
-        if dy is None:
-            found += [None] * GRADIENTS
-            continue
-        need = [need_x, False, False, *of_branches[GRADIENTS * n : GRADIENTS * (n + 1)]]
-        more, _, _, *gradients = _linear_backward(dy, h, x, weight, *branch, need)
-        found += gradients
-        if more is not None:
-            dx = more if dx is None else dx.add_(more)
-    return [dx, *found]
 
 
 def _forward(

@@ -20,11 +20,11 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from mbf.ops import _branch
+from mbf.ops._composed import GRADIENTS, composed_backward, composed_forward
 from mbf.ops._gpu import entrance, with_cuda
 from mbf.ops._library import define, reference_only
 from mbf.ops._operands import autocast_to, autocasts
 from mbf.ops.lora_group import (
-    GRADIENTS,
     SCHEMA,
     GroupLayer,
     Operands,
@@ -34,8 +34,6 @@ from mbf.ops.lora_group import (
     branches,
     check_frozen,
     checked,
-    composed_backward,
-    composed_forward,
     layer_forward,
     layers_backward,
     linear,

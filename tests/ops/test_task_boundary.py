@@ -99,7 +99,6 @@ def broken(change):
             r"merged\[9\]: is the same memory as merged\[4\]",
         ),
     ],
-    ids=str,
 )
 def test_errors_name_the_tensor_and_change_nothing(change, error, message):
     merged, finetuned = broken(change)

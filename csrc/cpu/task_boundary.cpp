@@ -1,21 +1,22 @@
 // task_boundary_: the merge of every B, the replacement of every A and the basis that the next task starts from, in two
-// rounds over all of them. The first reads A and B and finds what isn't finite; only if all is well does the second
-// write. A is read for its Gram matrix and for its basis, whose second reading makes the copy, too.
+// rounds over all of them. The first makes the bases, which nobody has yet, and finds what isn't finite in A and B;
+// only if all is well does the second change what is merged.
 
 #include <torch/headeronly/util/Exception.h>
 
 #include <algorithm>
-#include <memory>
+#include <cstring>
 
 #include "basis.h"
 #include "kernels.h"
+#include "lora/micro.h"
 #include "merge.h"
 #include "share.h"
 
 namespace mbf::cpu {
 namespace {
 
-// The memory that A is copied to while its basis is written, or null where it's no plain copy.
+// The memory that A is copied to, or null where it's no plain copy.
 void* place_of(const Tensor& merged, const Tensor& A) {
   const bool plain = merged.is_contiguous() && merged.scalar_type() == A.scalar_type();
   return plain && merged.const_data_ptr() != A.const_data_ptr() ? merged.mutable_data_ptr() : nullptr;
@@ -40,24 +41,26 @@ Tensor task_boundary_(Tensors merged_A, Tensors merged_B, Tensors Q, Tensors A, 
   const Tensor status = empty({2 * layers}, ScalarType::Int);
   int32_t* found = static_cast<int32_t*>(status.mutable_data_ptr());
 
-  std::vector<std::unique_ptr<linalg::Orthonormal>> rows(layers);
   std::vector<char> finite(pieces);
   for_each(layers + pieces, [&](int64_t n) {
     if (n < layers) {
-      rows[n] = std::make_unique<linalg::Orthonormal>(matrices[n]);
+      const linalg::Orthonormal rows(matrices[n]);
+      found[n] = rows.status();
+      rows.write(const_cast<void*>(bases[n].data));
     } else {
       finite[n - layers] = merge.finite(n - layers);
     }
   });
   std::fill(found + layers, found + 2 * layers, linalg::kDone);
-  for (int64_t n = 0; n < layers; ++n) found[n] = rows[n]->status();
   for (int64_t n = 0; n < pieces; ++n) {
     if (!finite[n]) found[layers + merge.pair_of(n)] = linalg::kNotFinite;
   }
   if (std::find(found, found + 2 * layers, linalg::kNotFinite) == found + 2 * layers) {
     for_each(layers + pieces, [&](int64_t n) {
       if (n >= layers) return merge.run(n - layers);
-      rows[n]->write(const_cast<void*>(bases[n].data), place_of(merged_A[n], from[n]));
+      if (void* place = place_of(merged_A[n], from[n])) {
+        std::memcpy(place, matrices[n].data, from[n].numel() * element_size(matrices[n].type));
+      }
     });
     merge.finish();
     for (int64_t n = 0; n < layers; ++n) {

@@ -26,7 +26,7 @@ def task_boundary_ref_(
     weight: Tensor,
 ) -> Tensor:
     """``B_merge ← B_merge + λ (B − B_merge)``, ``A_merge ← A`` and Q of every A; returns the status of every A and then
-    of every B. Where one isn't finite, nothing is written."""
+    of every B. Where one isn't finite, nothing is merged or replaced, and Q means nothing."""
     finite = torch.stack([tensor.isfinite().all() for tensor in (*A, *B)])
     if bool(finite.all()):
         merge_ref_(merged_B, B, weight)

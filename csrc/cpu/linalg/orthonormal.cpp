@@ -147,14 +147,6 @@ void apply_in_floats(const std::vector<float>& T, const Matrix& A, int64_t first
   }
 }
 
-void copy_columns(const Matrix& A, int64_t first, int64_t columns, void* to) {
-  for (int64_t t = 0; t < A.r; ++t) {
-    const char* from = element(A, t, first);
-    std::memcpy(static_cast<char*>(to) + (from - static_cast<const char*>(A.data)), from,
-                columns * element_size(A.type));
-  }
-}
-
 void fill_nan(const Matrix& A, void* to) {
   const std::vector<float> nan(A.d, std::numeric_limits<float>::quiet_NaN());
   const std::vector<double> nan_wide(A.d, std::numeric_limits<double>::quiet_NaN());
@@ -245,26 +237,19 @@ double Orthonormal::factor_round(std::vector<double>& gram, int round) {
   return condition;
 }
 
-void Orthonormal::write(void* Q, void* copy) const {
-  if (status_ != kDone) {
-    fill_nan(A_, Q);
-    if (copy != nullptr) copy_columns(A_, 0, A_.d, copy);
-    return;
-  }
+void Orthonormal::write(void* Q) const {
+  if (status_ != kDone) return fill_nan(A_, Q);
   if (in_floats_.empty()) {
     in_blocks(A_, inverse_[0], inverse_[1],
               [&](int64_t first, int64_t columns, const double* X, int64_t ld, Memory& memory) {
                 store(X, ld, A_, first, columns, memory, Q);
-                if (copy != nullptr) copy_columns(A_, first, columns, copy);
               });
     return;
   }
   Memory& memory = Memory::of(A_.r);
   const int64_t most = block_columns(A_.r);
   for (int64_t first = 0; first < A_.d; first += most) {
-    const int64_t columns = std::min(most, A_.d - first);
-    apply_in_floats(in_floats_, A_, first, columns, memory, Q);
-    if (copy != nullptr) copy_columns(A_, first, columns, copy);
+    apply_in_floats(in_floats_, A_, first, std::min(most, A_.d - first), memory, Q);
   }
 }
 

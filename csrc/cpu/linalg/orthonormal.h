@@ -34,8 +34,8 @@ class Orthonormal {
 
   Status status() const { return status_; }
 
-  // Q in A's dtype, NaN where the status isn't kDone, and a copy of A beside it where `copy` is not null.
-  void write(void* Q, void* copy = nullptr) const;
+  // Q in A's dtype, NaN where the status isn't kDone.
+  void write(void* Q) const;
 
   // L [r, r], of A = L Q. Needs fp64 and the status kDone.
   void write_factor(double* L) const;

@@ -204,6 +204,16 @@ def test_numbers_whose_squares_leave_fp64(backend, scale):
     torch.testing.assert_close(orthonormal_rows(A * scale), orthonormal_rows(A), rtol=0, atol=1e-13)
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("scales", [(1e-41, 1e-41, 1e-41), (5e37, 5e37, 5e37), (1e-36, 1.0, 1e36)], ids=str)
+def test_rows_at_the_ends_of_fp32(backend, dtype, scales):
+    """Their lengths, or the inverses of these, are beyond what fp32 holds."""
+    A = (torch.randn(3, 1000).double() * torch.tensor(scales, dtype=torch.float64)[:, None]).to(dtype)
+    exact = orthonormal_rows_ref(A.double())
+    Q = orthonormal_rows(A)
+    assert torch.linalg.vector_norm(Q.double() - exact) <= 2 * torch.finfo(dtype).eps * torch.linalg.vector_norm(exact)
+
+
 @native
 def test_bits_do_not_depend_on_the_number_of_threads():
     A = [torch.randn(r, d).to(dtype) for r, d in ((8, 900), (64, 576), (5, 7)) for dtype in DTYPES] * 2

@@ -35,6 +35,11 @@ bool finite(const void* numbers, int64_t n, Bits exponent) {
   return has_avx2() ? below_avx2(numbers, n, exponent) : below_scalar(numbers, n, exponent);
 }
 
+template <typename Bits>
+void fill(void* numbers, int64_t n, Bits exponent) {
+  std::fill_n(static_cast<Bits*>(numbers), n, static_cast<Bits>(exponent | (exponent >> 1)));
+}
+
 }  // namespace
 
 bool all_finite(const void* numbers, torch::headeronly::ScalarType type, int64_t n) {
@@ -48,6 +53,20 @@ bool all_finite(const void* numbers, torch::headeronly::ScalarType type, int64_t
       return finite<int16_t>(numbers, n, 0x7f80);
     default:
       return finite<int16_t>(numbers, n, 0x7c00);
+  }
+}
+
+void fill_nan(void* numbers, torch::headeronly::ScalarType type, int64_t n) {
+  using torch::headeronly::ScalarType;
+  switch (type) {
+    case ScalarType::Double:
+      return fill<int64_t>(numbers, n, 0x7ff0000000000000);
+    case ScalarType::Float:
+      return fill<int32_t>(numbers, n, 0x7f800000);
+    case ScalarType::BFloat16:
+      return fill<int16_t>(numbers, n, 0x7f80);
+    default:
+      return fill<int16_t>(numbers, n, 0x7c00);
   }
 }
 

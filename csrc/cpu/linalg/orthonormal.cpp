@@ -3,12 +3,12 @@
 #include <algorithm>
 #include <cmath>
 #include <cstring>
-#include <limits>
 #include <numeric>
 
 #include "../lora/micro.h"
 #include "../simd.h"
 #include "cholesky.h"
+#include "finite.h"
 
 namespace mbf::cpu::linalg {
 namespace {
@@ -18,7 +18,8 @@ constexpr int64_t kPanel = 4;      // rows of a triangle that are taken as a rec
 constexpr int64_t kGramPanel = 6;  // the same of a Gram matrix
 constexpr double kOneRound = 3e3;  // the condition up to which one round leaves Q Qᵀ − I below 1e-8
 constexpr double kInFloats = 2;    // the length of L⁻¹'s rows up to which Q = L⁻¹ A loses nothing in fp32
-constexpr double kSquares[2] = {1e-280, 1e280};  // within which the Gram's diagonal means what it says
+constexpr double kFloatLengths[2] = {1e-30, 1e30};  // of rows whose inverses fp32 holds to its last place
+constexpr double kSquares[2] = {1e-280, 1e280};     // within which the Gram's diagonal means what it says
 
 // Rows of so many numbers, and never a power of two apart, where they would share few sets of the caches.
 int64_t padded(int64_t columns) { return (columns + 15) / 16 * 16 + 8; }
@@ -147,19 +148,6 @@ void apply_in_floats(const std::vector<float>& T, const Matrix& A, int64_t first
   }
 }
 
-void fill_nan(const Matrix& A, void* to) {
-  const std::vector<float> nan(A.d, std::numeric_limits<float>::quiet_NaN());
-  const std::vector<double> nan_wide(A.d, std::numeric_limits<double>::quiet_NaN());
-  for (int64_t t = 0; t < A.r; ++t) {
-    char* row = static_cast<char*>(to) + t * A.d * element_size(A.type);
-    if (A.type == ScalarType::Double) {
-      std::memcpy(row, nan_wide.data(), A.d * sizeof(double));
-    } else {
-      micro<float>().narrow(nan.data(), A.d, row, A.type);
-    }
-  }
-}
-
 // Calls use(first column, columns, rows of `ld` numbers) for blocks of the columns of A, of T A, or of U T A.
 template <typename Use>
 void in_blocks(const Matrix& A, const std::vector<double>& T, const std::vector<double>& U, const Use& use) {
@@ -178,14 +166,6 @@ void in_blocks(const Matrix& A, const std::vector<double>& T, const std::vector<
   }
 }
 
-bool finite(const Matrix& A) {
-  bool all = true;
-  in_blocks(A, {}, {}, [&](int64_t, int64_t, const double* X, int64_t ld, Memory&) {
-    all = all && std::all_of(X, X + A.r * ld, [](double x) { return std::isfinite(x); });
-  });
-  return all;
-}
-
 }  // namespace
 
 Orthonormal::Orthonormal(Matrix A) : A_(A), length_(A.r) {
@@ -198,7 +178,7 @@ Orthonormal::Orthonormal(Matrix A) : A_(A), length_(A.r) {
   for (int64_t i = 0; i < r; ++i) {
     const double square = gram[i * r + i];
     if (!(square >= kSquares[0] && square <= kSquares[1])) {
-      status_ = finite(A) ? kGivenUp : kNotFinite;
+      status_ = all_finite(A.data, A.type, r * A.d) ? kGivenUp : kNotFinite;
       return;
     }
     length_[i] = std::sqrt(square);
@@ -218,7 +198,10 @@ Orthonormal::Orthonormal(Matrix A) : A_(A), length_(A.r) {
     for (int64_t j = 0; j <= i; ++j) row[j] /= length_[j];
   }
   if (A.type != ScalarType::Double && condition <= kOneRound) {
-    if (longest <= kInFloats) in_floats_.assign(inverse_[0].begin(), inverse_[0].end());
+    const auto [least, most] = std::minmax_element(length_.begin(), length_.end());
+    if (longest <= kInFloats && *least >= kFloatLengths[0] && *most <= kFloatLengths[1]) {
+      in_floats_.assign(inverse_[0].begin(), inverse_[0].end());
+    }
     return;
   }
   std::fill(gram.begin(), gram.end(), 0.0);
@@ -238,7 +221,7 @@ double Orthonormal::factor_round(std::vector<double>& gram, int round) {
 }
 
 void Orthonormal::write(void* Q) const {
-  if (status_ != kDone) return fill_nan(A_, Q);
+  if (status_ != kDone) return fill_nan(Q, A_.type, A_.r * A_.d);
   if (in_floats_.empty()) {
     in_blocks(A_, inverse_[0], inverse_[1],
               [&](int64_t first, int64_t columns, const double* X, int64_t ld, Memory& memory) {

@@ -138,7 +138,7 @@ void RangeFinder<C>::end(int64_t phase) {
   if (phase == n_iter_) return finish_left();
   sum_strips();
   if (phase > n_iter_) return;
-  check_range();
+  if (phase == 0) check_range();  // later V is orthonormal, and Z no larger
   if (status_ == kDone) refine();
 }
 

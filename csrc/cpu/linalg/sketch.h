@@ -3,16 +3,12 @@
 
 #include <cstdint>
 
+#include "../philox.h"
+
 namespace mbf::cpu::linalg {
 
 // Calls put(e, number) for the elements e < count of the stream of `seed`: sums of four uniform half-words, which are
 // near enough to normal, with mean 0 and variance 1.
-template <typename Put>
-void sketch(uint64_t seed, int64_t count, const Put& put);
-
-// Four words of a block of Philox 4x32-10 at counter (block mod 2³², block div 2³², third, 0).
-void philox(uint64_t seed, uint64_t block, uint32_t third, uint32_t (&words)[4]);
-
 template <typename Put>
 void sketch(uint64_t seed, int64_t count, const Put& put) {
   for (int64_t e = 0; e < count; e += 2) {

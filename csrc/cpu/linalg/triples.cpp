@@ -2,10 +2,10 @@
 
 #include <algorithm>
 #include <cmath>
-#include <limits>
 
 #include "../lora/micro.h"
 #include "dot.h"
+#include "finite.h"
 #include "gram_schmidt.h"
 #include "jacobi.h"
 
@@ -78,13 +78,9 @@ void Triples::write(const std::vector<double>& left, const std::vector<double>& 
 }
 
 void Triples::clear() const {
-  const auto fill = [&](void* to, int64_t size) {
-    const std::vector<double> nan(size, std::numeric_limits<double>::quiet_NaN());
-    narrow(nan.data(), size, type, to);
-  };
-  fill(U, m * rank);
-  fill(S, rank);
-  fill(Vh, rank * n);
+  fill_nan(U, type, m * rank);
+  fill_nan(S, type, rank);
+  fill_nan(Vh, type, rank * n);
 }
 
 }  // namespace mbf::cpu::linalg

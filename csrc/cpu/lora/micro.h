@@ -9,6 +9,8 @@
 
 #include <cstdint>
 
+#include "../philox.h"
+
 namespace mbf::cpu {
 
 // An activation matrix where it lies: fp32, bf16 or fp16 for C = float, fp64 for C = double.

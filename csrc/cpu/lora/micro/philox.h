@@ -6,20 +6,10 @@
 namespace mbf::cpu::MBF_ISA {
 namespace {
 
-constexpr uint32_t kMultiplier0 = 0xD2511F53, kMultiplier1 = 0xCD9E8D57;
-constexpr uint32_t kStep0 = 0x9E3779B9, kStep1 = 0xBB67AE85;
-
-// Philox 4x32-10 (Salmon et al., SC 2011) of one block, and which of its eight half-words reach the threshold.
-MBF_INLINE uint8_t mask_byte(uint32_t key0, uint32_t key1, uint64_t block, uint32_t threshold) {
-  uint32_t c0 = static_cast<uint32_t>(block), c1 = static_cast<uint32_t>(block >> 32), c2 = 0, c3 = 0;
-  for (int round = 0; round < 10; ++round, key0 += kStep0, key1 += kStep1) {
-    const uint64_t p0 = uint64_t{kMultiplier0} * c0, p1 = uint64_t{kMultiplier1} * c2;
-    c0 = static_cast<uint32_t>(p1 >> 32) ^ c1 ^ key0;
-    c2 = static_cast<uint32_t>(p0 >> 32) ^ c3 ^ key1;
-    c1 = static_cast<uint32_t>(p1);
-    c3 = static_cast<uint32_t>(p0);
-  }
-  const uint32_t words[4] = {c0, c1, c2, c3};
+// Which of a block's eight half-words reach the threshold.
+MBF_INLINE uint8_t mask_byte(uint64_t seed, uint64_t block, uint32_t threshold) {
+  uint32_t words[4];
+  philox(seed, block, 0, words);
   uint32_t byte = 0;
   for (int w = 0; w < 4; ++w) {
     byte |= static_cast<uint32_t>((words[w] & 0xffff) >= threshold) << (2 * w);
@@ -52,11 +42,11 @@ struct Schedule {
 
   Schedule(uint64_t seed, uint32_t high) {
     uint32_t key0 = static_cast<uint32_t>(seed), key1 = static_cast<uint32_t>(seed >> 32);
-    for (int round = 0; round < 10; ++round, key0 += kStep0, key1 += kStep1) {
+    for (int round = 0; round < 10; ++round, key0 += kPhiloxStep0, key1 += kPhiloxStep1) {
       keys[round][0] = key0;
       keys[round][1] = key1;
     }
-    third = uint64_t{kMultiplier0} * (high ^ static_cast<uint32_t>(keys[0][0]));
+    third = uint64_t{kPhiloxMultiplier0} * (high ^ static_cast<uint32_t>(keys[0][0]));
     second = (third >> 32) ^ keys[1][1];
   }
 };
@@ -65,7 +55,7 @@ struct Schedule {
 // Several vectors at once, as each waits for its own products.
 template <int several>
 MBF_INLINE void rounds(const Schedule& schedule, const Words (&counter)[several], Words (&c)[several][4]) {
-  const Words m0 = all(kMultiplier0), m1 = all(kMultiplier1);
+  const Words m0 = all(kPhiloxMultiplier0), m1 = all(kPhiloxMultiplier1);
   MBF_UNROLL
   for (int n = 0; n < several; ++n) {
     const Words p0 = product(counter[n], m0);
@@ -131,8 +121,7 @@ void mask_bits(uint64_t seed, uint32_t threshold, uint64_t first, int64_t blocks
     for (int k = 0; k < kSeveral; ++k) compare(c[k], reached, bits + n + k * kLanes64);
   }
 #endif
-  const uint32_t key0 = static_cast<uint32_t>(seed), key1 = static_cast<uint32_t>(seed >> 32);
-  for (; n < blocks; ++n) bits[n] = mask_byte(key0, key1, first + n, threshold);
+  for (; n < blocks; ++n) bits[n] = mask_byte(seed, first + n, threshold);
 }
 
 }  // namespace

@@ -96,19 +96,6 @@ def script_parser(description: str | None, row: str, budget: float) -> argparse.
     return parser
 
 
-def cases_of(
-    description: str | None, argv: Sequence[str], cases: Mapping[str, Case], quick: Sequence[str], budget: float
-) -> argparse.Namespace:
-    """Parse the options of a script whose cases have names: all of them, those of ``--case``, or the quick ones."""
-    parser = plain_parser(description, "case", budget)
-    rows = parser.add_mutually_exclusive_group()
-    rows.add_argument("--case", action="append", choices=list(cases), metavar="NAME", help=f"of {', '.join(cases)}")
-    rows.add_argument("--quick", action="store_true", help="a few small cases")
-    args = parser.parse_args(argv)
-    args.cases = args.case or (list(quick) if args.quick else list(cases))
-    return args
-
-
 def _rounds(text: str) -> int:
     return max(LEAST_ROUNDS, int(text))
 

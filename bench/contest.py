@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+import argparse
 import gc
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from time import perf_counter
 from typing import Any
 
-from common import AddRow, quartiles, table
+from common import AddRow, plain_parser, quartiles, run_script, table
 
 from mbf.run.bench import LEAST_ROUNDS
 
@@ -72,6 +73,41 @@ def hold(contest: Contest, rounds: int, budget: float) -> Times | list[str]:
     finally:
         gc.enable()
     return Times(times, notes)
+
+
+def run_contests(
+    script: str,
+    argv: Sequence[str] | None,
+    description: str | None,
+    cases: Mapping[str, Any],
+    quick: Sequence[str],
+    build: Callable[[str], Contest],
+    budget: float,
+    finish: Callable[[Times], Times] = lambda times: times,
+) -> int:
+    """A script whose cases have names: hold all of them, those of ``--case``, or the quick ones.
+
+    Args:
+        script, argv: as ``run_script``'s.
+        build: the contest of a case.
+        budget: seconds a case may take unless ``--budget`` says otherwise.
+        finish: adds what is known only once all variants are timed.
+    """
+
+    def arguments(argv: Sequence[str]) -> argparse.Namespace:
+        parser = plain_parser(description, "case", budget)
+        rows = parser.add_mutually_exclusive_group()
+        rows.add_argument("--case", action="append", choices=list(cases), metavar="NAME", help=f"of {', '.join(cases)}")
+        rows.add_argument("--quick", action="store_true", help="a few small cases")
+        args = parser.parse_args(argv)
+        args.cases = args.case or (list(quick) if args.quick else list(cases))
+        return args
+
+    def measure(case: str, args: argparse.Namespace) -> Times | list[str]:
+        found = hold(build(case), args.rounds, args.budget)
+        return found if isinstance(found, list) else finish(found)
+
+    return run_script(script, argv, arguments, measure, show, COLUMNS)
 
 
 def show(case: str, times: Times, add: AddRow) -> None:

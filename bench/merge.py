@@ -15,8 +15,8 @@ from typing import Any
 
 import pytest
 import torch
-from common import cases_of, quartiles, run_script
-from contest import COLUMNS, Contest, Times, hold, show
+from common import quartiles
+from contest import Contest, Times, run_contests
 from geometry import MODELS
 from torch import Tensor
 
@@ -88,14 +88,7 @@ def shares(times: Times) -> Times:
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    def arguments(argv: Sequence[str]):
-        return cases_of(__doc__, argv, CASES, QUICK, budget=20.0)
-
-    def measure(case: str, args) -> Times | list[str]:
-        found = hold(build(case), args.rounds, args.budget)
-        return found if isinstance(found, list) else shares(found)
-
-    return run_script("merge.py", argv, arguments, measure, show, COLUMNS)
+    return run_contests("merge.py", argv, __doc__, CASES, QUICK, build, 20.0, shares)
 
 
 @pytest.mark.parametrize("case", QUICK)

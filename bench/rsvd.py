@@ -12,8 +12,7 @@ from collections.abc import Callable, Sequence
 from functools import partial
 
 import torch
-from common import cases_of, run_script
-from contest import COLUMNS, Contest, Times, hold, show
+from contest import Contest, run_contests
 from peft import LoraConfig, get_peft_model
 from sklearn.utils.extmath import randomized_svd
 from torch import Tensor, nn
@@ -123,16 +122,13 @@ def factors(sizes: tuple[int, ...]) -> Contest:
     )
 
 
+def build(case: str) -> Contest:
+    kind, sizes = CASES[case]
+    return factors(sizes) if kind == "factors" else dense(sizes, kind == "whole")
+
+
 def main(argv: Sequence[str] | None = None) -> int:
-    def arguments(argv: Sequence[str]):
-        return cases_of(__doc__, argv, CASES, QUICK, budget=60.0)
-
-    def measure(case: str, args) -> Times | list[str]:
-        kind, sizes = CASES[case]
-        contest = factors(sizes) if kind == "factors" else dense(sizes, kind == "whole")
-        return hold(contest, args.rounds, args.budget)
-
-    return run_script("rsvd.py", argv, arguments, measure, show, COLUMNS)
+    return run_contests("rsvd.py", argv, __doc__, CASES, QUICK, build, 60.0)
 
 
 def test_rsvd(capsys):

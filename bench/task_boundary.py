@@ -12,8 +12,7 @@ from functools import partial
 
 import torch
 from basis import by_width, orthonormality
-from common import cases_of, run_script
-from contest import COLUMNS, Contest, Times, hold, show
+from contest import Contest, run_contests
 from geometry import MODELS
 from torch import Tensor
 
@@ -80,13 +79,7 @@ def build(case: str) -> Contest:
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    def arguments(argv: Sequence[str]):
-        return cases_of(__doc__, argv, CASES, QUICK, budget=20.0)
-
-    def measure(case: str, args) -> Times | list[str]:
-        return hold(build(case), args.rounds, args.budget)
-
-    return run_script("task_boundary.py", argv, arguments, measure, show, COLUMNS)
+    return run_contests("task_boundary.py", argv, __doc__, CASES, QUICK, build, 20.0)
 
 
 def test_task_boundary(capsys):

@@ -16,6 +16,7 @@
 #include "cholesky.cuh"
 #include "ops.h"
 #include "pieces.h"
+#include "reduce.cuh"
 #include "vectors.h"
 
 namespace mbf::cuda {

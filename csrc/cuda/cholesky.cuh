@@ -8,17 +8,6 @@ namespace mbf::cuda {
 constexpr int kCholeskyThreads = 256;
 constexpr double kDependent = 1e-13;  // as csrc/cpu/linalg/cholesky.h
 
-__device__ __forceinline__ double sum_of_block(double value, double* of_warps) {
-#pragma unroll
-  for (int lanes = kWarp / 2; lanes > 0; lanes /= 2) value += __shfl_xor_sync(0xffffffffu, value, lanes);
-  __syncthreads();
-  if (threadIdx.x % kWarp == 0) of_warps[threadIdx.x / kWarp] = value;
-  __syncthreads();
-  double sum = 0.0;
-  for (int warp = 0; warp < kCholeskyThreads / kWarp; ++warp) sum += of_warps[warp];
-  return sum;
-}
-
 // L in place of the lower triangle of G; false where rows depend on one another.
 __device__ bool cholesky(double* G, int r) {
   for (int j = 0; j < r; ++j) {

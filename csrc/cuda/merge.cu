@@ -14,6 +14,7 @@
 #include "merge.h"
 #include "ops.h"
 #include "pieces.h"
+#include "reduce.cuh"
 #include "vectors.h"
 
 namespace mbf::cuda {
@@ -120,19 +121,6 @@ __device__ __forceinline__ void merge_piece(M* m, const F* f, int size, Merger<M
   for (; i < size; ++i) store(m + i, merger(load(m + i), load(f + i)));
 }
 
-// The sum of every thread's value, in thread 0: a tree over each warp, then its first lanes in order.
-__device__ __forceinline__ double sum_of_block(double value, double (&of_warps)[kThreads / kWarp]) {
-#pragma unroll
-  for (int lanes = kWarp / 2; lanes > 0; lanes /= 2) value += __shfl_xor_sync(0xffffffffu, value, lanes);
-  __syncthreads();
-  if (threadIdx.x % kWarp == 0) of_warps[threadIdx.x / kWarp] = value;
-  __syncthreads();
-  if (threadIdx.x == 0) {
-    for (int warp = 1; warp < kThreads / kWarp; ++warp) value += of_warps[warp];
-  }
-  return value;
-}
-
 template <typename M, typename F, Action kAction>
 __global__ void __launch_bounds__(kThreads) merge_kernel(const __grid_constant__ Pairs pairs) {
   if (pairs.veto != nullptr && load(pairs.veto) != 0) return;
@@ -175,8 +163,7 @@ __global__ void __launch_bounds__(kNorms* kWarp) add_pieces_kernel(const __grid_
   for (int piece = lane; piece < range.count; piece += kWarp) {
     sum += load(ranges.squares + kNorms * (static_cast<int64_t>(range.begin) + piece) + norm);
   }
-#pragma unroll
-  for (int lanes = kWarp / 2; lanes > 0; lanes /= 2) sum += __shfl_xor_sync(0xffffffffu, sum, lanes);
+  sum = sum_of_warp(sum);
   if (lane == 0) store(ranges.norms + kNorms * blockIdx.x + norm, sum);
 }
 

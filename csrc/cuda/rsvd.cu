@@ -12,6 +12,7 @@
 #include "ops.h"
 #include "philox.cuh"
 #include "pieces.h"
+#include "reduce.cuh"
 
 namespace mbf::cuda {
 namespace {
@@ -36,12 +37,6 @@ struct Table {
   int64_t count;
   Entry entry[kEntries];
 };
-
-__device__ __forceinline__ double sum_of_warp(double value) {
-#pragma unroll
-  for (int lanes = kWarp / 2; lanes > 0; lanes /= 2) value += __shfl_xor_sync(0xffffffffu, value, lanes);
-  return value;
-}
 
 __device__ __forceinline__ void rotate(double* x, double* y, int k, double c, double s) {
   for (int i = static_cast<int>(threadIdx.x) % kWarp; i < k; i += kWarp) {

@@ -100,15 +100,28 @@ def merge_(
     check_pairs(merged, finetuned)
     check_distinct(merged)
     weight = weight_tensor(weight)
-    squares = torch.empty(len(merged), 3, dtype=torch.float64, device=merged[0].device if merged else "cpu")
+    groups = by_device(merged)
+    squares: list[Tensor] = []
     with torch.no_grad():
-        for here in by_device(merged):
+        for here in groups:
             pairs = [merged[n] for n in here], [finetuned[n] for n in here]
             found = _operator(norms)(*pairs, weight.to(merged[here[0]].device))
             if norms:
-                squares[here] = found.to(squares.device)
+                squares.append(found)
     written(merged)
-    return MergeNorms(*squares.sqrt().unbind(1)) if norms else None
+    return _norms(squares, groups) if norms else None
+
+
+def _norms(squares: list[Tensor], groups: list[list[int]]) -> MergeNorms:
+    """The norms of all pairs in their order, on the first device; of one device, without waiting for it."""
+    if len(squares) == 1:
+        return MergeNorms(*squares[0].sqrt().unbind(1))
+    together = torch.empty(
+        sum(map(len, groups)), 3, dtype=torch.float64, device=squares[0].device if squares else "cpu"
+    )
+    for found, here in zip(squares, groups, strict=True):
+        together[here] = found.to(together.device)
+    return MergeNorms(*together.sqrt().unbind(1))
 
 
 def _operator(norms: bool) -> Callable[..., Any]:

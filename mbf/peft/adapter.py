@@ -127,13 +127,7 @@ def adapter_layers(model: nn.Module, adapter: str) -> list[AdapterLayer]:
     """
     home = find_home(model, adapter)
     root = model if home is None else home.root
-    layers = {name: module for name, module in root.named_modules() if isinstance(module, LoraLayer)}
-    if not layers:
-        raise ValueError(NOT_PEFT)
-    found = {name: module for name, module in layers.items() if adapter in module._get_available_adapters()}
-    if not found:
-        known = sorted(set().union(*(module._get_available_adapters() for module in layers.values())))
-        raise ValueError(f"the model has no LoRA adapter {adapter!r}; it has {', '.join(map(repr, known)) or 'none'}")
+    found = modules_with(root, adapter)
     for name, module in found.items():
         if (reason := _unsupported(module, adapter)) is not None:
             raise ValueError(f"adapter {adapter!r} of layer {name} {reason}")
@@ -149,6 +143,18 @@ def adapter_layers(model: nn.Module, adapter: str) -> list[AdapterLayer]:
             "use LoraConfig(bias='none')"
         )
     return [AdapterLayer(name, adapter, found[name]) for name in sorted(found, key=_natural)]
+
+
+def modules_with(root: nn.Module, adapter: str) -> dict[str, LoraLayer]:
+    """PEFT's layers below ``root`` that have ``adapter``, by name; a ValueError where there are none."""
+    layers = {name: module for name, module in root.named_modules() if isinstance(module, LoraLayer)}
+    if not layers:
+        raise ValueError(NOT_PEFT)
+    found = {name: module for name, module in layers.items() if adapter in module._get_available_adapters()}
+    if not found:
+        known = sorted(set().union(*(module._get_available_adapters() for module in layers.values())))
+        raise ValueError(f"the model has no LoRA adapter {adapter!r}; it has {', '.join(map(repr, known)) or 'none'}")
+    return found
 
 
 def _unsupported(module: LoraLayer, adapter: str) -> str | None:

@@ -6,14 +6,13 @@ from collections.abc import Sequence
 from typing import Any, Literal
 
 import torch
-from peft.tuners.lora.layer import LoraLayer, ParamWrapper
+from peft.tuners.lora.layer import ParamWrapper
 from torch import Tensor, nn
 
 from mbf.ops import orthonormal_rows
-from mbf.peft.adapter import AdapterLayer
+from mbf.peft.adapter import AdapterLayer, modules_with
 from mbf.peft.config import find_home
 from mbf.peft.eligibility import _DTYPES, PLAIN
-from mbf.peft.fuse import NOT_PEFT
 
 
 @torch.no_grad()
@@ -107,19 +106,8 @@ def _forget_products(layers: Sequence[AdapterLayer]) -> None:
 def product_layers(model: nn.Module, adapter: str, variants: set[str]) -> list[AdapterLayer]:
     """Every layer of ``adapter``, each a linear one that computes with W, s and B A alone; or a ValueError."""
     home = find_home(model, adapter)
-    root = model if home is None else home.root
-    modules = {name: module for name, module in root.named_modules() if isinstance(module, LoraLayer)}
-    if not modules:
-        raise ValueError(NOT_PEFT)
-    known = set().union(*(module._get_available_adapters() for module in modules.values()))
-    if adapter not in known:
-        raise ValueError(
-            f"the model has no LoRA adapter {adapter!r}; it has {', '.join(map(repr, sorted(known))) or 'none'}"
-        )
     layers = []
-    for name, module in modules.items():
-        if adapter not in module._get_available_adapters():
-            continue
+    for name, module in modules_with(model if home is None else home.root, adapter).items():
         if (reason := _more_than_a_product(module, adapter, variants)) is not None:
             raise ValueError(f"adapter {adapter!r} of layer {name} {reason}")
         if module.merged_adapters:

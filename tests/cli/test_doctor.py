@@ -8,6 +8,7 @@ import pytest
 import torch
 
 from mbf.ops import native_status
+from mbf.ops._cuda import cuda_status
 from mbf.ops._library import NativeStatus
 from mbf.run.doctor import gpus
 
@@ -25,6 +26,7 @@ def test_json(mbf, tmp_path, monkeypatch) -> None:
     assert found["versions"]["torch"] == torch.__version__
     assert found["compiled extension"]["loaded"] == native_status().loaded
     assert found["compiled extension"]["CPU kernels"] == (native_status().kernels or None)
+    assert found["gpu"]["CUDA kernels"] == cuda_status().reason
     assert found["cpu"]["torch dispatches to"] == torch.backends.cpu.get_cpu_capability()
     assert found["cache"] == {"folder": str(tmp_path), "entries": {"models/small": 1234}}
 

@@ -1,7 +1,7 @@
 // Adds up what blocks left, in the order of the parts: the same bits in every run.
 #pragma once
 
-#include "../device.h"
+#include "../reduce.cuh"
 
 namespace mbf::cuda::lora {
 
@@ -30,20 +30,6 @@ __global__ void __launch_bounds__(kSumThreads) sum_kernel(Parts parts, Out* out)
   if (number < parts.size) store(out + number, convert<Out>(sum_of(parts, number)));
 }
 
-// The sum of one number of each thread of the block, in thread 0.
-__device__ __forceinline__ double sum_of_block(double value) {
-  __shared__ double of_warps[kSumThreads / kWarp];
-  const int lane = static_cast<int>(threadIdx.x) % kWarp, warp = static_cast<int>(threadIdx.x) / kWarp;
-#pragma unroll
-  for (int step = kWarp / 2; step > 0; step /= 2) value += __shfl_down_sync(0xffffffffu, value, step);
-  if (lane == 0) of_warps[warp] = value;
-  __syncthreads();
-  double total = 0.0;
-#pragma unroll
-  for (int n = 0; n < kSumThreads / kWarp; ++n) total += of_warps[n];
-  return total;
-}
-
 // dB = λ dB̂, dB₀ = (1 − λ) dB̂ and, of dλ = ⟨dB̂, B − B₀⟩, each block's share; null where not asked.
 template <typename P>
 __global__ void __launch_bounds__(kSumThreads)
@@ -61,7 +47,8 @@ __global__ void __launch_bounds__(kSumThreads)
     }
   }
   if (dweight == nullptr) return;
-  share = sum_of_block(share);
+  __shared__ double of_warps[kSumThreads / kWarp];
+  share = sum_of_block(share, of_warps);
   if (threadIdx.x == 0) store(dweight + blockIdx.x, share);
 }
 

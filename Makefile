@@ -16,13 +16,13 @@ native := setup.py csrc/ops.cpp $(shell find csrc/cpu -name '*.cpp' -o -name '*.
 export HF_HUB_DISABLE_TELEMETRY := 1
 
 .DEFAULT_GOAL := help
-.PHONY: help run test lint emulation wheel bench clean
+.PHONY: help run test lint emulation wheel bench docs docs-serve clean
 .DELETE_ON_ERROR:
 .NOTPARALLEL:
 
 help: ## show this list
-	@sed -nE 's/^([a-z]+):.*## (.*)/  make \1|\2/p' $(MAKEFILE_LIST) | column -t -s '|' 2>/dev/null \
-		|| sed -nE 's/^([a-z]+):.*## (.*)/  make \1  \2/p' $(MAKEFILE_LIST)
+	@sed -nE 's/^([a-z-]+):.*## (.*)/  make \1|\2/p' $(MAKEFILE_LIST) | column -t -s '|' 2>/dev/null \
+		|| sed -nE 's/^([a-z-]+):.*## (.*)/  make \1  \2/p' $(MAKEFILE_LIST)
 	@echo
 	@echo '  make run RUN="real-5 --method slao,seqlora --seed 0"    another run; see mbf run --help'
 	@echo '  make test PYTEST="-x tests/ops"                         other arguments for pytest'
@@ -58,11 +58,19 @@ wheel: $(done)/dev ## build dist/*.whl, install it into an empty folder and run 
 		print("wheel:", mbf.__version__, "- compiled extension:", mbf.ops.native_status().reason, \
 			"- CUDA extension:", cuda_status().reason)'
 
+# Material prints an advertisement against a later MkDocs unless told not to.
+docs: $(done)/docs ## the documentation, in site/; a warning is an error
+	NO_MKDOCS_2_WARNING=1 $(bin)/mkdocs build --strict --quiet
+	@echo "site/index.html"
+
+docs-serve: $(done)/docs ## the documentation on http://127.0.0.1:8000, built anew at each change
+	NO_MKDOCS_2_WARNING=1 $(bin)/mkdocs serve --strict
+
 bench: $(done)/dev $(done)/native ## the benchmarks of bench/, or those of BENCH
 	$(bin)/python -m pytest $(BENCH)
 
 clean: ## remove what make built, the environment included; runs/ and the cache of models and data stay
-	rm -rf $(VENV) build dist *.egg-info mbf/_C*.so mbf/_cuda*.so .mypy_cache .ruff_cache .pytest_cache .hypothesis .benchmarks
+	rm -rf $(VENV) build dist site *.egg-info mbf/_C*.so mbf/_cuda*.so .mypy_cache .ruff_cache .pytest_cache .hypothesis .benchmarks
 
 # torch comes first: building without isolation compiles against the very torch that will load the extension.
 $(done)/torch: constraints.txt
@@ -73,7 +81,7 @@ $(done)/torch: constraints.txt
 	@mkdir -p $(done) && touch $@
 
 # An extra's packages; the extension is left to the rule below, so that it is compiled once and not with every extra.
-$(done)/run $(done)/test $(done)/dev: $(done)/%: $(done)/torch pyproject.toml
+$(done)/run $(done)/test $(done)/docs $(done)/dev: $(done)/%: $(done)/torch pyproject.toml
 	MBF_BUILD_CPU=0 $(pip) install --no-build-isolation -c constraints.txt -e '.[$*]'
 	@touch $@
 

@@ -1,0 +1,104 @@
+"""A LoRA learns one task after another with transformers.Trainer, and is tested on all of them after each.
+
+Tasks are folders with train.jsonl and test.jsonl, whose rows have the columns "prompt" and "completion";
+examples/prepare.py writes some, and a model. Options are the ones below and those of TrainingArguments.
+"""
+
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import mbf
+import numpy as np
+from datasets import Dataset, DatasetDict, load_dataset
+from peft import LoraConfig, get_peft_model
+from transformers import (
+    AutoModelForCausalLM,
+    AutoTokenizer,
+    DataCollatorForSeq2Seq,
+    HfArgumentParser,
+    Trainer,
+    TrainingArguments,
+    set_seed,
+)
+
+
+@dataclass
+class Arguments:
+    model: str = field(
+        default="data/model", metadata={"help": "A causal language model: a folder, or an id of the hub."}
+    )
+    tasks: str = field(
+        default="data/tasks", metadata={"help": "Folder of the tasks, learned in the order of their names."}
+    )
+    rank: int = field(default=8, metadata={"help": "r of the LoRA."})
+    alpha: int = field(default=16, metadata={"help": "lora_alpha; the LoRA counts with alpha / r."})
+    dropout: float = field(default=0.05, metadata={"help": "lora_dropout."})
+    max_length: int = field(default=512, metadata={"help": "Tokens that are kept of a prompt."})
+
+
+def load_tasks(folder: str) -> dict[str, DatasetDict]:
+    """The tasks by name, in the order in which they are learned."""
+    found = sorted(path.parent for path in Path(folder).glob("*/train.jsonl"))
+    if not found:
+        raise SystemExit(f"no task in {folder}: it has no <task>/train.jsonl; run examples/prepare.py, or give --tasks")
+    files = {task: {split: str(task / f"{split}.jsonl") for split in ("train", "test")} for task in found}
+    return {task.name: load_dataset("json", data_files=files[task]) for task in found}
+
+
+def encode(rows: Dataset, tokenizer, max_length: int) -> Dataset:
+    """Token ids of prompt and completion; the loss is on the completion alone."""
+
+    def row(example):
+        prompt = tokenizer(example["prompt"], truncation=True, max_length=max_length)["input_ids"]
+        answer = tokenizer(example["completion"], add_special_tokens=False)["input_ids"] + [tokenizer.eos_token_id]
+        return {"input_ids": prompt + answer, "labels": [-100] * len(prompt) + answer}
+
+    return rows.map(row, remove_columns=rows.column_names)
+
+
+def accuracy(predicted) -> dict[str, float]:
+    """The share of rows whose completion is the most likely one, token by token."""
+    guesses, labels = predicted.predictions[:, :-1], predicted.label_ids[:, 1:]
+    return {"accuracy": float(np.mean(((guesses == labels) | (labels == -100)).all(1)))}
+
+
+def main() -> None:
+    parser = HfArgumentParser((Arguments, TrainingArguments), description=__doc__)
+    parser.set_defaults(output_dir="runs/trainer", learning_rate=1e-3, save_strategy="no", report_to="none")
+    args, training = parser.parse_args_into_dataclasses()
+    set_seed(training.seed)
+    tokenizer = AutoTokenizer.from_pretrained(args.model)
+    tokenizer.pad_token = tokenizer.pad_token or tokenizer.eos_token
+    base = AutoModelForCausalLM.from_pretrained(args.model, dtype="float32")
+    config = LoraConfig(
+        r=args.rank,
+        lora_alpha=args.alpha,
+        lora_dropout=args.dropout,
+        target_modules="all-linear",
+        task_type="CAUSAL_LM",
+    )
+    model = get_peft_model(base, config)
+    learner = mbf.ContinualLora(model)
+
+    tasks = load_tasks(args.tasks)
+    tests = {name: encode(task["test"], tokenizer, args.max_length) for name, task in tasks.items()}
+    for name, task in tasks.items():
+        trainer = Trainer(
+            model=model,
+            args=training,
+            train_dataset=encode(task["train"], tokenizer, args.max_length),
+            data_collator=DataCollatorForSeq2Seq(tokenizer),
+            compute_metrics=accuracy,
+            preprocess_logits_for_metrics=lambda logits, labels: logits.argmax(-1),
+        )
+        with learner.task(name):
+            trainer.train()
+        scores = {test: trainer.evaluate(rows) for test, rows in tests.items()}
+        shown = [f"{test} {found['eval_loss']:.4f} {found['eval_accuracy']:.1%}" for test, found in scores.items()]
+        print(f"after {name}: " + "   ".join(shown))
+    model.save_pretrained(training.output_dir)
+    print(f"adapter in {training.output_dir}")
+
+
+if __name__ == "__main__":
+    main()

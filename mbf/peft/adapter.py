@@ -7,7 +7,7 @@ from collections.abc import Callable
 from typing import Any
 
 import torch
-from peft.tuners.lora.layer import Linear, LoraLayer, ParamWrapper
+from peft.tuners.lora.layer import LoraLayer, ParamWrapper
 from peft.utils.other import AuxiliaryTrainingWrapper
 from torch import Tensor, nn
 
@@ -15,7 +15,8 @@ from mbf.ops import LoraTerms
 from mbf.peft.config import alpha_at_rank, find_home
 from mbf.peft.eligibility import adapter_reason, layer_reason
 from mbf.peft.fuse import NOT_PEFT
-from mbf.peft.linear import FusedLinear, Route
+from mbf.peft.linear import FusedForward, Route
+from mbf.peft.quantised import fused_class
 
 
 class AdapterLayer:
@@ -99,16 +100,17 @@ class AdapterLayer:
                 if module._borrowed:
                     module.release()
             return
-        reason = layer_reason(module, (Linear, FusedLinear))
+        fused = fused_class(type(module))
+        reason = layer_reason(module, fused)
         if reason is None:
             reason = adapter_reason(module, self.adapter)
         if reason is not None:
             raise ValueError(
                 f"layer {self.name} cannot compute with replaced terms: {reason}; "
-                "use a plain LoRA (no variant, no bias) on nn.Linear layers"
+                "use a plain LoRA (no variant, no bias) on linear layers"
             )
-        if not isinstance(module, FusedLinear):
-            module.__class__ = FusedLinear
+        if not isinstance(module, FusedForward):
+            module.__class__ = fused
             module._borrowed = True
         module.__dict__["_routes"] = {**routes, self.adapter: Route(terms, self)}
 

@@ -1,7 +1,8 @@
 """What the fused forward computes exactly as PEFT does, and a reason in words for everything else.
 
 The tests run on every forward of every layer, so they read ``_modules`` and ``_parameters`` directly:
-``nn.Module.__getattr__`` is Python and costs about as much as the rest of a test together.
+``nn.Module.__getattr__`` is Python and costs about as much as the rest of a test together. A ``layer`` is one of
+PEFT's LoRA layers, which are an ``nn.Module`` and a ``LoraLayer`` by two bases of theirs.
 """
 
 from __future__ import annotations
@@ -10,7 +11,6 @@ from typing import Any
 
 import torch
 import torch.nn.modules.module as torch_module
-from peft.tuners.lora.layer import Linear
 from torch import Tensor, nn
 from torch.autograd import forward_ad
 
@@ -45,14 +45,14 @@ def transformed() -> bool:
     )
 
 
-def base_reason(layer: Linear) -> str | None:
+def base_reason(layer: Any) -> str | None:
     """Why the base layer must be run by PEFT's own forward, or None."""
-    if _watched(layer._modules["base_layer"]):  # type: ignore[arg-type]
+    if _watched(layer._modules["base_layer"]):
         return "its base layer has hooks or a replaced forward"
     return None
 
 
-def adapter_reason(layer: Linear, adapter: str) -> str | None:
+def adapter_reason(layer: Any, adapter: str) -> str | None:
     """Why ``adapter``, which the layer has, cannot be computed by the fused forward, or None."""
     if adapter in layer.lora_variant:
         return f"adapter {adapter!r} is the LoRA variant {type(layer.lora_variant[adapter]).__name__}"
@@ -82,7 +82,7 @@ def adapter_reason(layer: Linear, adapter: str) -> str | None:
     return None
 
 
-def call_reason(layer: Linear, x: Tensor, active: list[str]) -> str | None:
+def call_reason(layer: Any, x: Tensor, active: list[str]) -> str | None:
     """Why this call with input ``x`` and the adapters ``active`` must go to PEFT's own forward, or None."""
     if type(x) not in PLAIN or x.dtype not in _DTYPES:
         return f"its input is {type(x).__name__} {getattr(x, 'dtype', '')}, not an ordinary float tensor"
@@ -102,16 +102,15 @@ def call_reason(layer: Linear, x: Tensor, active: list[str]) -> str | None:
     return None
 
 
-def layer_reason(layer: nn.Module, fusable: tuple[type, ...]) -> str | None:
-    """Why ``layer``, any LoRA layer of PEFT, is not to be swapped, or None.
+def layer_reason(layer: Any, fused: type | None) -> str | None:
+    """Why ``layer``, any LoRA layer of PEFT, is not to become a ``fused`` (None: no class computes it so), or None.
 
     Only what lasts counts: a layer that is merged or disabled at the moment is swapped and runs PEFT's forward until
     it is not. A layer with several adapters is swapped when one of them can be fused.
     """
-    kind = type(layer)
-    if kind not in fusable:
+    if fused is None:
+        kind = type(layer)
         return f"{kind.__module__}.{kind.__qualname__} has a forward of its own"
-    assert isinstance(layer, Linear)
     if "forward" in layer.__dict__:
         return "its forward was replaced on the instance, as accelerate's device hooks do"
     if (reason := base_reason(layer)) is not None:

@@ -7,15 +7,16 @@ from contextlib import contextmanager
 from dataclasses import replace
 from typing import Any, Literal
 
-from peft.tuners.lora.layer import Linear, LoraLayer, MultiheadAttention
+from peft.tuners.lora.layer import LoraLayer, MultiheadAttention
 from peft.tuners.tuners_utils import BaseTunerLayer
 from torch import nn
 
 from mbf.peft.eligibility import layer_reason, plain_weight
 from mbf.peft.frozen import LINEARS, FrozenLinear, worth_swapping
 from mbf.peft.groups import ATTENTIONS, MLPS, SharedAttention, SharedInput, listed, plain_class, swap, swap_back
-from mbf.peft.linear import FusedLinear
+from mbf.peft.linear import FusedForward, FusedLinear
 from mbf.peft.mlp import LAYERS, FusedMlp, activation_of, computes_the_formula
+from mbf.peft.quantised import fused_class
 from mbf.peft.report import FuseReport
 
 Memory = Literal["default", "low"]
@@ -31,7 +32,8 @@ def fuse(model: nn.Module, *, strict: bool = False, memory: Memory = "default") 
 
     Each eligible ``peft.tuners.lora.layer.Linear`` becomes a ``FusedLinear``; parameters, state-dict keys and saved
     files stay as they are. The model may be a PeftModel, a model with injected adapters, or contain either. Layers that
-    are fused already stay so.
+    are fused already stay so. On a quantised base (bitsandbytes in 4 and 8 bits, torchao, HQQ, GPTQ, AWQ, AQLM) the
+    base layer runs as it is, and the branch is added to its output by ``mbf.ops.lora_accumulate``.
 
     In Llama, Mistral, Qwen2, Qwen3, Gemma, Gemma2, Gemma3 and SmolLM3, fused layers are computed in groups: those of
     q, k and v of one attention block together, as they read the same x, and an MLP whose three layers are fused as a
@@ -67,7 +69,7 @@ def fuse(model: nn.Module, *, strict: bool = False, memory: Memory = "default") 
     }
     declined: dict[str, str] = {}
     for name, layer in layers.items():
-        reason = layer_reason(layer, (Linear, FusedLinear))
+        reason = layer_reason(layer, fused_class(type(layer)))
         if id(layer) in inside_attention:
             reason = "MultiheadAttention merges it into the weight and never calls it"
         if reason is not None:
@@ -76,7 +78,7 @@ def fuse(model: nn.Module, *, strict: bool = False, memory: Memory = "default") 
     if strict and declined:
         raise ValueError(f"{report}\nnothing was changed; fuse(model) without strict=True leaves these layers to PEFT")
     for name in report.fused:
-        layers[name].__class__ = FusedLinear
+        layers[name].__class__ = fused_class(type(layers[name]))
         layers[name].__dict__.pop("_borrowed", None)
     frozen = _others(model) if report.fused else {}
     for layer in frozen.values():
@@ -85,9 +87,9 @@ def fuse(model: nn.Module, *, strict: bool = False, memory: Memory = "default") 
 
 
 def unfuse(model: nn.Module) -> None:
-    """Undo ``fuse``: PEFT's ``lora.Linear`` for every ``FusedLinear`` in ``model``, and no groups."""
+    """Undo ``fuse``: PEFT's own class for every fused layer in ``model``, and no groups."""
     for layer in _lora_layers(model).values():
-        if isinstance(layer, FusedLinear):
+        if isinstance(layer, FusedForward):
             layer.release()
     for module in model.modules():
         if isinstance(module, SharedInput):
@@ -99,7 +101,9 @@ def unfuse(model: nn.Module) -> None:
 @contextmanager
 def fused(model: nn.Module, *, strict: bool = False, memory: Memory = "default") -> Iterator[FuseReport]:
     """``fuse`` for the length of a block; what was fused and grouped before it is so again after it."""
-    before = {id(layer) for layer in _lora_layers(model).values() if type(layer) is FusedLinear and not layer._borrowed}
+    before = {
+        id(layer) for layer in _lora_layers(model).values() if isinstance(layer, FusedForward) and not layer._borrowed
+    }
     plain = [module for module in model.modules() if type(module) is nn.Linear]
     around = [(module, type(module), module.__dict__.get("_recompute")) for module in _around(model).values()]
     report = fuse(model, strict=strict, memory=memory)

@@ -1,13 +1,13 @@
-"""``FusedLinear``: PEFT's ``lora.Linear`` with the forward computed by ``mbf.ops``."""
+"""``FusedForward`` and ``FusedLinear``: PEFT's LoRA layers with the forward computed by ``mbf.ops``."""
 
 from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Callable
-from typing import Any, NamedTuple
+from typing import Any, ClassVar, NamedTuple
 
 import torch
-from peft.tuners.lora.layer import Linear
+from peft.tuners.lora.layer import Linear, LoraLayer
 from torch import Tensor, nn
 
 from mbf.ops import GroupLayer, LoraTerms, lora_accumulate, lora_linear
@@ -27,21 +27,30 @@ class Route(NamedTuple):
     layer: Any
 
 
-class FusedLinear(Linear):
-    """PEFT's LoRA layer, computed as ``y = x Wᵀ + b + Σ s (drop(x) Aᵀ) Bᵀ`` over the active adapters by one operator.
+class FusedForward(nn.Module):
+    """Mixed in before one of PEFT's LoRA layers of linear layers: ``base(x) + Σ s (drop(x) Aᵀ) Bᵀ`` by operators.
 
-    ``fuse`` sets the class of a built ``lora.Linear`` to this one and ``unfuse`` sets it back, so state-dict keys,
-    ``isinstance`` and saved files are those of PEFT. Nothing is cached: base layer, A, B, scaling and dropout are
-    looked up on each call, and any state that the fused forward does not compute as PEFT would is handed to
-    ``lora.Linear.forward``. Several active adapters are fused, each with a dropout mask of its own.
+    ``fuse`` sets the class of a built layer to a class with this one in front of PEFT's and ``unfuse`` sets it back, so
+    state-dict keys, ``isinstance`` and saved files are those of PEFT. Nothing is cached: base layer, A, B, scaling and
+    dropout are looked up on each call, and any state that the fused forward does not compute as PEFT would is handed to
+    PEFT's forward. Several active adapters are fused, each with a dropout mask of its own.
 
     Copies and pickles carry the class, but not the routes of ``AdapterLayer.route``.
+
+    Attributes:
+        peft_class: the class of PEFT that this one is mixed in before.
     """
 
+    peft_class: ClassVar[type[LoraLayer]]
+
+    scaling: dict[str, float | Tensor]
+    merged_adapters: list[str]
+    _active_adapter: str | list[str]
+    _disable_adapters: bool
     _borrowed = False  # a stock layer that is of this class only while it is routed
 
     def forward(self, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
-        """As ``peft.tuners.lora.layer.Linear.forward``: x [..., d_in] to [..., d_out] in the base layer's dtype.
+        """As the forward of ``peft_class``: x [..., d_in] to [..., d_out] in the dtype that this gives.
 
         Raises:
             RuntimeError: an adapter is routed and the call cannot be fused, so the route could not be honoured.
@@ -101,12 +110,12 @@ class FusedLinear(Linear):
         )
 
     def release(self) -> None:
-        """Be PEFT's ``lora.Linear`` again: at once or, while an adapter is routed, when the last route ends."""
+        """Be PEFT's own layer again: at once or, while an adapter is routed, when the last route ends."""
         if "_routes" in self.__dict__:
             self._borrowed = True
         else:
             self.__dict__.pop("_borrowed", None)
-            self.__class__ = Linear  # type: ignore[assignment]
+            self.__class__ = self.peft_class  # type: ignore[assignment]
 
     def _computing(self) -> list[str]:
         """The adapters that add to the base output now; none while disabled or merged."""
@@ -148,11 +157,16 @@ class FusedLinear(Linear):
                 merge_weight=merge_weight,
             )
         else:
-            y, rest = base(x), active
+            y, rest = self._base_output(x), active
         for adapter in rest:
             terms = self._terms(adapter, routes)
             y = lora_accumulate(y, x, **terms._asdict(), dropout_p=self._dropout_p(adapter))
         return y
+
+    def _base_output(self, x: Tensor) -> Tensor:
+        """What the base layer, run as it is, gives for x."""
+        base: Any = self._modules["base_layer"]
+        return base(x)
 
     def _terms(self, adapter: str, routes: dict[str, Route]) -> LoraTerms:
         if adapter in routes:
@@ -171,9 +185,15 @@ class FusedLinear(Linear):
         return dropout.p if dropout.training and type(dropout) is nn.Dropout else 0.0
 
     def _get_name(self) -> str:
-        return Linear.__name__  # printed models keep PEFT's lora.Linear
+        return self.peft_class.__name__  # printed models keep PEFT's lora.Linear
 
     def __getstate__(self) -> dict[str, Any]:
         state = super().__getstate__()
         state.pop("_routes", None)
         return state
+
+
+class FusedLinear(FusedForward, Linear):
+    """PEFT's ``lora.Linear``: ``y = x Wᵀ + b + Σ s (drop(x) Aᵀ) Bᵀ``, with one adapter by one operator."""
+
+    peft_class = Linear

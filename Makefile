@@ -12,7 +12,7 @@ PYTHON ?= $(shell for p in python3 python3.11 python3.12 python3.13 python3.14 p
 bin := $(VENV)/bin
 pip := $(bin)/python -m pip
 done := $(VENV)/.done
-native := setup.py csrc/ops.cpp $(shell find csrc/cpu -name '*.cpp' -o -name '*.h' 2>/dev/null)
+native := setup.py csrc/ops.cpp csrc/portable.cpp csrc/portable.map $(shell find csrc/cpu -name '*.cpp' -o -name '*.h' 2>/dev/null)
 export HF_HUB_DISABLE_TELEMETRY := 1
 
 .DEFAULT_GOAL := help

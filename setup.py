@@ -2,7 +2,8 @@
 
 ``mbf._C`` (C++, ``csrc/cpu``) needs a C++ compiler and ``mbf._cuda`` (CUDA C++, ``csrc/cuda``) nvcc 12 or newer, but no
 GPU and no torch with CUDA. Both use only torch's stable ABI of 2.10 and nothing of Python, so one wheel serves every
-later torch and every Python from 3.10. Without a compiler mbf installs all the same, and computes with plain torch.
+later torch and every Python from 3.10, and, by ``csrc/portable.cpp``, every Linux that torch's own wheels serve.
+Without a compiler mbf installs all the same, and computes with plain torch.
 
 ``MBF_BUILD_CPU=0`` leaves ``mbf._C`` out, ``MBF_BUILD_CPU=1`` makes a missing compiler an error.
 ``MBF_BUILD_CUDA=0`` leaves ``mbf._cuda`` out, ``MBF_BUILD_CUDA=1`` builds it or fails. ``auto``, the default, builds it
@@ -17,12 +18,14 @@ import re
 import shutil
 import subprocess
 import sys
+import sysconfig
 import tempfile
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 from setuptools import Extension, find_packages, setup
+from setuptools.command.bdist_wheel import bdist_wheel
 
 ROOT = Path(__file__).parent
 WARNINGS = (
@@ -121,23 +124,34 @@ def extensions() -> list[Extension]:
     return found
 
 
+def portable(*flags: str) -> list[str]:
+    """``flags`` and those with which ``csrc/portable.cpp`` takes effect, for the linker; GNU's, so on Linux only."""
+    if not sys.platform.startswith("linux"):
+        return []
+    lines = re.findall(r"^wrap \S+, (.+)$", (ROOT / "csrc/portable.cpp").read_text(), re.MULTILINE)
+    names = ", ".join(lines).split(", ") if sysconfig.get_platform() == "linux-x86_64" else []
+    return [*flags, f"--version-script={ROOT / 'csrc/portable.map'}", *(f"--wrap={name}" for name in names)]
+
+
 def native() -> Extension:
     """The one shared object ``mbf/_C.abi3.so`` of all of ``csrc/``'s C++."""
     from torch.utils.cpp_extension import CppExtension
 
+    of_cpu = sorted(str(path.relative_to(ROOT)) for path in (ROOT / "csrc/cpu").rglob("*.cpp"))
     return CppExtension(
         "mbf._C",
-        ["csrc/ops.cpp", *sorted(str(path.relative_to(ROOT)) for path in (ROOT / "csrc/cpu").rglob("*.cpp"))],
+        ["csrc/ops.cpp", "csrc/portable.cpp", *of_cpu],
         depends=sorted(str(path.relative_to(ROOT)) for path in (ROOT / "csrc/cpu").rglob("*.h")),
         py_limited_api=True,
         define_macros=[("TORCH_TARGET_VERSION", TORCH_TARGET_VERSION)],
         extra_compile_args=["-O3", "-g0", "-fvisibility=hidden", *WARNINGS],
+        extra_link_args=[f"-Wl,{flag}" for flag in portable("--gc-sections")],
     )
 
 
 def cuda() -> Extension:
     """``mbf/_cuda.abi3.so`` of ``csrc/cuda``, whose emulated.cpp is for the stand-in without a GPU."""
-    sources = [*(ROOT / "csrc/cuda").rglob("*.cu"), *(ROOT / "csrc/cuda").rglob("*.cpp")]
+    sources = [*(ROOT / "csrc/cuda").rglob("*.cu"), *(ROOT / "csrc/cuda").rglob("*.cpp"), ROOT / "csrc/portable.cpp"]
     return Extension(
         "mbf._cuda",
         sorted(str(path.relative_to(ROOT)) for path in sources if path.name != "emulated.cpp"),
@@ -186,9 +200,16 @@ def link_cuda(objects: list[Path], target: Path, folder: Path) -> None:
     shared = [nvcc(), "-shared", "-Xcompiler", "-fPIC"]
     run([*shared, "-cudart", "none", str(source), "-Xlinker", f"-soname={stub.name}", "-o", str(stub)])
     libraries = [f"-L{folder}", "-ltorch_cuda", f"-L{Path(torch.__file__).parent / 'lib'}", "-ltorch_cpu", "-lc10"]
-    strict = "--no-as-needed,-z,defs,--exclude-libs,ALL"
+    strict = ",".join(portable("--no-as-needed", "-z", "defs", "--exclude-libs", "ALL"))
     target.parent.mkdir(parents=True, exist_ok=True)
     run([*shared, *map(str, objects), "-Xlinker", strict, *libraries, "-o", str(target)])
+
+
+class AnyPython(bdist_wheel):
+    """Tags a wheel whose shared objects know nothing of Python: for every one, free-threaded ones included."""
+
+    def get_tag(self) -> tuple[str, str, str]:
+        return ("py3", "none", super().get_tag()[2])
 
 
 def build_commands(modules: list[Extension]) -> dict[str, type]:
@@ -216,7 +237,7 @@ def build_commands(modules: list[Extension]) -> dict[str, type]:
                 objects = list(pool.map(lambda source: compile_cuda(source, folder), extension.sources))
             link_cuda(objects, Path(self.get_ext_fullpath(extension.name)), folder)
 
-    return {"build_ext": Build}
+    return {"build_ext": Build, "bdist_wheel": AnyPython}
 
 
 modules = extensions()
@@ -226,5 +247,4 @@ setup(
     include_package_data=True,
     ext_modules=modules,
     cmdclass=build_commands(modules),
-    options={"bdist_wheel": {"py_limited_api": "cp310"}},
 )

@@ -1,0 +1,1 @@
+"""The wheel, proved from outside the checkout: ``audit`` reads its shared objects, ``python -m tests.wheel`` runs it."""

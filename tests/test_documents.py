@@ -1,19 +1,55 @@
-"""What README and examples show works as shown."""
+"""What README, docs and examples show works as shown: every block is run or checked, every link leads somewhere."""
+
+from __future__ import annotations
 
 import re
+import sys
+from collections.abc import Callable
 from pathlib import Path
+from types import ModuleType
 
 import pytest
 
-ROOT = Path(__file__).resolve().parents[1]
-BLOCKS = re.findall(r"```python\n(.*?)```", (ROOT / "README.md").read_text(encoding="utf-8"), re.DOTALL)
+from mbf import methods
+from mbf.methods import base
+from tests.documents.blocks import ROOT, Block, DocumentError, blocks, broken_links, missing_files, name_of, pages
+from tests.documents.check import CHECKS, check, commands, runs_here
+
+SETUP = ROOT / "tests" / "documents" / "setup"
+WITH_BLOCKS = [page for page in pages() if blocks(page)]
 
 
-@pytest.mark.parametrize("block", BLOCKS)
-def test_readme_python_runs(block: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.fixture
+def page_runs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Callable[[Path], None]:
+    """Check all blocks of a page, in an empty folder; methods that it registers are forgotten afterwards."""
     monkeypatch.chdir(tmp_path)
-    exec(compile(block, "README.md", "exec"), {"__name__": "readme"})
-    assert (tmp_path / "learner" / "adapter_model.safetensors").exists()
+    monkeypatch.setattr(base, "_METHODS", dict(base._METHODS))
+
+    def run(page: Path) -> None:
+        module = ModuleType("document")  # in sys.modules, where classes of the page are looked up
+        monkeypatch.setitem(sys.modules, "document", module)
+        namespace = vars(module)
+        setup = SETUP / f"{page.stem}.py"
+        if page.is_relative_to(ROOT) and setup.exists():
+            exec(compile(setup.read_text(encoding="utf-8"), str(setup), "exec"), namespace)
+        for block in blocks(page):
+            check(block, namespace)
+
+    return run
+
+
+@pytest.mark.parametrize("page", WITH_BLOCKS, ids=name_of)
+def test_every_block_works(page: Path, page_runs: Callable[[Path], None]) -> None:
+    page_runs(page)
+
+
+def test_no_setup_without_its_page() -> None:
+    assert {file.stem for file in SETUP.glob("*.py")} <= {page.stem for page in WITH_BLOCKS}
+
+
+@pytest.mark.parametrize("page", pages(), ids=name_of)
+def test_links_and_named_files_are_there(page: Path) -> None:
+    assert broken_links(page) + missing_files(page) == []
 
 
 def test_example_configuration_is_valid() -> None:
@@ -23,8 +59,148 @@ def test_example_configuration_is_valid() -> None:
     assert [spec.label for spec in config.methods] == ["slao", "slao-last-merge", "seqlora"]
 
 
-def test_readme_names_every_method() -> None:
-    from mbf import methods
+# -- what is listed is what there is -------------------------------------------------------------------------------
 
-    text = (ROOT / "README.md").read_text(encoding="utf-8")
-    assert [name for name in methods.available() if f"`{name}`" not in text] == []
+
+def rows_of_methods(page: str, heading: str) -> list[str]:
+    """The first column of the first table below the heading."""
+    section = (ROOT / page).read_text(encoding="utf-8").split(f"\n{heading}\n")[1]
+    return re.findall(r"^\| `(\w+)` \|", re.split(r"\n#+ ", section)[0], re.MULTILINE)
+
+
+@pytest.mark.parametrize(("page", "heading"), [("README.md", "## Methods"), ("docs/methods.md", "## At a glance")])
+def test_tables_of_methods_have_every_method_once(page: str, heading: str) -> None:
+    assert sorted(rows_of_methods(page, heading)) == methods.available()
+
+
+def test_the_reference_has_all_that_is_public() -> None:
+    import mbf
+    import mbf.ops
+
+    documented = {
+        name.rsplit(".", 1)[-1]
+        for page in (ROOT / "docs" / "api").glob("*.md")
+        for name in re.findall(r"^::: (mbf[\w.]+)", page.read_text(encoding="utf-8"), re.MULTILINE)
+    }
+    public = {name for name in mbf.__all__ if not isinstance(getattr(mbf, name), ModuleType)}
+    operators = {name for name in mbf.ops.__all__ if not name.rstrip("_").endswith("_ref")}
+    registry = {"available", "get", "register", "Method"}
+    assert (public | operators | registry) - documented == set()
+
+
+# -- planted faults: a wrong document is found ---------------------------------------------------------------------
+
+
+def planted(tmp_path: Path, text: str) -> Path:
+    page = tmp_path / "planted.md"
+    page.write_text(text, encoding="utf-8")
+    return page
+
+
+WRONG = {
+    "an error": ("python", "import mbf\nmbf.fuze(None)", r"planted\.md:2: AttributeError"),
+    "a name from nowhere": ("python", "print(model)", "NameError"),
+    "not Python": ("python", "with:", None),
+    "no excerpt": ('cpp title="csrc/ops.cpp"', '  m.impl("merge", TORCH_BOX(&mbf::cpu::merge));', "has no line"),
+    "no excerpt of Python": ('python title="mbf/methods/seqlora.py"', "class SeqLora(Methods):", "has no line"),
+    "a test that fails": ('python title="tests/none.py"', "def test_one():\n    assert 1 == 2", "AssertionError"),
+    "an excerpt of nothing": ("cpp", "int x;", "wanted the file"),
+    "a diff that fails": ("diff", "  x = 1\n+ y = z", "NameError"),
+    "a diff of what was wrong before": ("diff", "+ x = 1\n  y = (", "not Python"),
+    "a diff of a script with mbf": ("diff", "  import mbf\n  mbf.ops\n+ x = 1", "uses mbf already"),
+    "a diff of nothing": ("diff", "  x = 1", "changes nothing"),
+    "an option": ("bash", "mbf run quickstart --epoch 3", "No such option: --epoch"),
+    "a value": ("bash", "mbf run quickstart --epochs 0", "greater than or equal to 1"),
+    "a command of mbf": ("bash", "mbf train quickstart", "No such command"),
+    "a command that fails": ("bash", "mbf merge nowhere --out merged", "nowhere is not a PEFT adapter"),
+    "an unknown program": ("bash", "pipx install mbf", "no check"),
+    "no shell": ("bash", "for x in; do", "syntax error"),
+    "a target": ("bash", "make everything", "no such target"),
+    "a variable": ("bash", "make run RUNS=real-5", "no variable RUNS"),
+    "an extra": ("bash", 'pip install "mbf[cuda]"', "no extra cuda"),
+    "a module": ("bash", "python -m mbf.kernel.compile", "no such module|No module"),
+    "an option of a script": ("bash", "python -m mbf.kernels.compile --targets sm_80", "no option --targets"),
+    "a script": ("bash", "python bench/none.py", "there is no bench/none.py"),
+    "a test": ("bash", "python -m pytest tests/none.py", "there is no tests/none.py"),
+    "a key": ("yaml", "train: {epoch: 3}", "train.epoch"),
+    "a key of a stream": ("yaml", "tasks: [{name: a, folder: b}]", "folder"),
+    "no YAML": ("yaml", "train: {epochs", "expected"),
+    "a key of accelerate": ("yaml", "distributed_type: FSDP\nprocesses: 2", "no processes"),
+    "no language": ("", "x = 1", "no language"),
+    "a language": ("sh", "ls", "a block of sh"),
+}
+
+
+@pytest.mark.parametrize(("info", "text", "message"), WRONG.values(), ids=WRONG)
+def test_a_wrong_block_is_found(
+    tmp_path: Path, page_runs: Callable[[Path], None], info: str, text: str, message: str | None
+) -> None:
+    with pytest.raises((DocumentError, SyntaxError, ModuleNotFoundError), match=message):
+        page_runs(planted(tmp_path, f"```{info}\n{text}\n```\n"))
+
+
+RIGHT = {
+    "namespace": "```python\nx = 1\n```\n\n- in a list\n\n  ```python\n  assert x == 1\n  if x:\n      x = 2\n  ```\n",
+    "diff": "```diff\n  for i in range(2):\n+     if True:\n          print(i)\n      print(i)\n- x = 1\n+ x = 2\n```\n",
+    "excerpt": '```cpp title="csrc/ops.cpp"\nSTABLE_TORCH_LIBRARY_IMPL(mbf, CPU, m) {\n  // ...\n}\n```\n',
+    "four ticks": "````text\n```python\nraise ValueError\n```\n````\n",
+    "commands": "```bash\nMBF_AUTOTUNE=1 mbf methods --json > a.json  # kept\nmbf run real-5 \\\n  --seed 0,1 && make run\n```\n",
+}
+
+
+@pytest.mark.parametrize("text", RIGHT.values(), ids=RIGHT)
+def test_a_right_page_passes(tmp_path: Path, page_runs: Callable[[Path], None], text: str) -> None:
+    page_runs(planted(tmp_path, text))
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ("[there](none.md)", "there is no none.md"),
+        ("![a picture](images/none.png)", "there is no images/none.png"),
+        ("[there](#nowhere)\n\n# Here", "no heading"),
+        ("see `mbf/ops/none.py`", "names mbf/ops/none.py"),
+        ("see `tests/test_house.py::test_none`", "has no such test"),
+    ],
+)
+def test_what_leads_nowhere_is_found(tmp_path: Path, text: str, message: str) -> None:
+    page = planted(tmp_path, text)
+    (problem,) = broken_links(page) + missing_files(page)
+    assert message in problem
+
+
+def test_what_leads_somewhere_is_not_reported(tmp_path: Path) -> None:
+    page = planted(
+        tmp_path, "# A `b`, c!\n\n[up](#a-b-c) [web](https://x.org/y) `[no](link.md)`\n\n```text\n[n](o.md)\n```\n"
+    )
+    assert broken_links(page) == []
+
+
+def test_an_open_fence_is_found(tmp_path: Path) -> None:
+    with pytest.raises(DocumentError, match="never closed"):
+        blocks(planted(tmp_path, "# A\n\n```python\nx = 1\n"))
+
+
+def test_commands_are_taken_apart(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    for name in "ab":
+        (tmp_path / f"{name}.txt").touch()
+    script = "A=1 mbf merge *.txt --out 'x y' # why\nls | cat > out.txt; cd a && \\\n  make run\n"
+    assert commands(script) == [
+        ["A=1", "mbf", "merge", "a.txt", "b.txt", "--out", "x y"],
+        ["ls"],
+        ["cat"],
+        ["cd", "a"],
+        ["make", "run"],
+    ]
+
+
+def test_what_is_fast_is_executed_and_the_rest_is_not() -> None:
+    assert runs_here(["run", "data", "--set", "model=tiny-random-llama"]) and runs_here(["methods", "--json"])
+    assert not runs_here(["run", "quickstart"]) and not runs_here(["fetch", "real-14"]) and not runs_here(["bench"])
+
+
+def test_blocks_know_their_lines(tmp_path: Path) -> None:
+    page = planted(tmp_path, '# A\n\n```python title="a.py"\nx = 1\n```\n')
+    assert blocks(page) == [Block(page, 4, "python", "a.py", "x = 1\n")]
+    assert set(CHECKS) == {"python", "diff", "yaml", "bash", "cpp", "text"}

@@ -1,6 +1,7 @@
 """The learner: one LoRA through a stream of tasks, its checkpoints, offline merging and the metrics."""
 
-from mbf.continual.learner import ContinualLora, NonFiniteAdapterError, TaskError, TaskRecord
+from mbf.continual.checks import NonFiniteAdapterError, TaskError
+from mbf.continual.learner import ContinualLora, TaskRecord
 from mbf.continual.metrics import FORMULAS, ScoreMatrix
 from mbf.continual.offline import Compressed, MergeReport, merge_adapters
 

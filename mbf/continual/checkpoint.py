@@ -14,7 +14,7 @@ import json
 from dataclasses import asdict
 from os import PathLike
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Literal
 
 import torch
 from peft import PeftModel
@@ -24,9 +24,12 @@ from torch import Tensor, nn
 
 from mbf.continual.atomic import recover_directory, sha256_of, whole_directory
 from mbf.methods import Factors, available, get
-from mbf.peft import AdapterLayer, adapter_layers, save_adapter, sync_config
+from mbf.peft import AdapterLayer, adapter_layers, save_adapter, sync_config, whole_adapter
+from mbf.peft.sharded import reshard
 
 if TYPE_CHECKING:
+    from torch.distributed import ProcessGroup
+
     from mbf.continual.learner import ContinualLora
 
 FORMAT = "mbf-learner"
@@ -42,9 +45,13 @@ class CheckpointError(ValueError):
 
 
 def save(learner: ContinualLora, directory: str | PathLike[str]) -> None:
-    """Write ``learner`` to ``directory``, replacing an older checkpoint there in one step."""
+    """Write ``learner`` to ``directory``, replacing an older checkpoint there in one step; the first process does."""
+    reshard(learner.model)
+    parameters = whole_adapter(learner.model, learner.adapter)
+    if not learner.replicas.first:
+        return
     with whole_directory(directory) as temporary:
-        save_adapter(learner.model, learner.adapter, temporary)
+        save_adapter(learner.model, learner.adapter, temporary, parameters)
         state = {name: t.detach().contiguous().cpu() for name, t in learner.method.state_dict().items()}
         save_file(state, temporary / STATE, metadata={"format": "pt"})
         options = learner.method.options.model_dump()
@@ -63,7 +70,11 @@ def save(learner: ContinualLora, directory: str | PathLike[str]) -> None:
 
 
 def load(
-    cls: type[ContinualLora], model: nn.Module, directory: str | PathLike[str], options: dict[str, Any]
+    cls: type[ContinualLora],
+    model: nn.Module,
+    directory: str | PathLike[str],
+    process_group: ProcessGroup | Literal[False] | None,
+    options: dict[str, Any],
 ) -> ContinualLora:
     """Restore a learner; checks everything before it changes the model."""
     from mbf.continual.learner import TaskRecord
@@ -84,7 +95,7 @@ def load(
         model = _with_adapter(model, root, adapter)
     layers = adapter_layers(model, adapter)
     merged = _match(root, header["layers"], layers, factors)
-    learner = cls(model, method, adapter, learnt=False)
+    learner = cls(model, method, adapter, learnt=False, process_group=process_group)
     with torch.no_grad():
         method.write(merged)
     sync_config(model, adapter)

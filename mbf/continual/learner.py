@@ -5,31 +5,27 @@ from __future__ import annotations
 import logging
 import time
 import warnings
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
 from os import PathLike
-from typing import Any, Literal
+from typing import TYPE_CHECKING, Any, Literal
 
 import torch
 from torch import Tensor, nn
 
 from mbf.continual import checkpoint
+from mbf.continual.checks import Batches, TaskError, check_can_begin, check_finite, check_same
 from mbf.continual.hooks import TrainingHooks
+from mbf.continual.replicas import Replicas
 from mbf.methods import Factors, Method, get
 from mbf.peft import AdapterLayer, adapter_layers, sync_config
+from mbf.peft.sharded import reshard
+
+if TYPE_CHECKING:
+    from torch.distributed import ProcessGroup
 
 logger = logging.getLogger("mbf")
-
-Batches = Iterable[Mapping[str, Tensor]]
-
-
-class TaskError(RuntimeError):
-    """A task could not begin or end; the merged LoRA is as it was before."""
-
-
-class NonFiniteAdapterError(TaskError):
-    """A task left inf or NaN in the adapter; names the task and the layers."""
 
 
 @dataclass(frozen=True)
@@ -64,6 +60,9 @@ class ContinualLora:
         adapter: the PEFT adapter that learns.
         learnt: name for the task that the adapter has learnt already. By default an adapter with a non-zero B counts
             as trained and enters as task 1 under the name ``"before"``; False says that it is only an initialisation.
+        process_group: the processes that train this adapter together (DDP, FSDP2); default all of torch.distributed,
+            if it is in use. Each of them must make the learner and begin and end every task; all get the adapter of
+            the first. False for processes that train adapters of their own.
         **options: the method's options.
 
     Raises:
@@ -86,6 +85,7 @@ class ContinualLora:
         adapter: str = "default",
         *,
         learnt: str | Literal[False] | None = None,
+        process_group: ProcessGroup | Literal[False] | None = None,
         **options: Any,
     ) -> None:
         if isinstance(method, Method) and options:
@@ -97,9 +97,10 @@ class ContinualLora:
         self.layers: list[AdapterLayer] = adapter_layers(model, adapter)
         self.method = method if isinstance(method, Method) else get(method)(**options)
         self.method.layers = self.layers
+        self.replicas = Replicas(process_group)
         self.history: list[TaskRecord] = []
         self._active: _Active | None = None
-        if learnt or (learnt is None and any(bool(layer.B.count_nonzero()) for layer in self.layers)):
+        if learnt or (learnt is None and any(bool(B.count_nonzero()) for B in self.method.current.B)):
             self._adopt(learnt or "before")
         self._inference = TrainingHooks.for_inference(self)
 
@@ -116,6 +117,11 @@ class ContinualLora:
     def in_task(self) -> bool:
         """Whether a task is in progress."""
         return self._active is not None
+
+    @property
+    def current_task(self) -> str | None:
+        """Name of the task in progress, if any."""
+        return self._active.name if self._active else None
 
     # -- a task --------------------------------------------------------------------------------------------------------
 
@@ -144,10 +150,13 @@ class ContinualLora:
         """Write the task's starting LoRA into the adapter. Build the optimiser after this: parameters may be replaced.
 
         Raises:
-            TaskError: a task is in progress, the adapter is inactive or merged into W, or the method needs ``data``.
+            TaskError: a task is in progress, the adapter is inactive or merged into W, the method needs ``data``, or
+                does what parameters sharded by FSDP2 cannot.
         """
         i = len(self.history) + 1
-        self._check_can_begin(name, i, data)
+        reshard(self.model)
+        check_can_begin(self, name, i, data)
+        self._share()
         self.method.merged = self.method.current.clone()
         self._active = _Active(
             name=name,
@@ -159,9 +168,11 @@ class ContinualLora:
             began=time.perf_counter(),
         )
         try:
-            self.method.before_task(i, data)
-            with torch.no_grad():
-                self.method.init_adapter(i)
+            with self.replicas.same_randomness(self._device):
+                self.method.before_task(i, data)
+                with torch.no_grad():
+                    self.method.init_adapter(i)
+            self._share()
             sync_config(self.model, self.adapter)
             trains_A, trains_B = self.method.trains(i)
             for layer in self.layers:
@@ -190,11 +201,14 @@ class ContinualLora:
 
         Raises:
             NonFiniteAdapterError: the trained or the merged LoRA has inf or NaN; the task is undone.
-            TaskError: no task is in progress.
+            TaskError: no task is in progress; or the processes that train together hold different adapters, and the
+                task is undone.
         """
         active = self._require_active("end_task")
+        reshard(self.model)
         try:
-            self._check_finite(f"task {active.index} {active.name!r} left")
+            check_same(self, f"task {active.index} {active.name!r} left")
+            check_finite(self, f"task {active.index} {active.name!r} left")
             if not active.hooks.steps:
                 warnings.warn(
                     f"task {active.index} {active.name!r}: no optimiser step reached the adapter. If it was trained, "
@@ -203,9 +217,10 @@ class ContinualLora:
                 )
             active.hooks.detach()
             self.method.route(None)
-            with torch.no_grad():
+            with torch.no_grad(), self.replicas.same_randomness(self._device):
                 self.method.after_task(active.index, data)
-            self._check_finite(f"merging task {active.index} {active.name!r} gave")
+            self._share()
+            check_finite(self, f"merging task {active.index} {active.name!r} gave")
         except BaseException:
             self.abandon_task()
             raise
@@ -260,6 +275,9 @@ class ContinualLora:
     def save(self, directory: str | PathLike[str]) -> None:
         """Write the learner, atomically: an adapter that plain PEFT loads, and beside it the method's state.
 
+        Of several processes the first writes; where the model is sharded, all must call this. Nobody waits for the
+        files: put a barrier between this and reading them on another process.
+
         Raises:
             TaskError: a task is in progress.
         """
@@ -270,30 +288,52 @@ class ContinualLora:
         checkpoint.save(self, directory)
 
     @classmethod
-    def load(cls, model: nn.Module, directory: str | PathLike[str], **options: Any) -> ContinualLora:
+    def load(
+        cls,
+        model: nn.Module,
+        directory: str | PathLike[str],
+        *,
+        process_group: ProcessGroup | Literal[False] | None = None,
+        **options: Any,
+    ) -> ContinualLora:
         """Restore a learner that ``save`` wrote.
 
         Args:
             model: the base model, which gets the adapter, or a model that has it already (of any rank).
             directory: where it was saved.
+            process_group: as in ``ContinualLora``; the number of processes may be another one.
             **options: values for options that cannot be stored (a callable schedule).
 
         Raises:
             checkpoint.CheckpointError: missing, damaged or foreign files, or another model; nothing has changed then.
         """
-        return checkpoint.load(cls, model, directory, options)
+        return checkpoint.load(cls, model, directory, process_group, options)
 
     def memory_bytes(self) -> dict[str, int]:
         """Bytes that persist between tasks: ``adapter`` (the merged LoRA) and ``state`` (all else the method keeps)."""
-        return {"adapter": self.method.current.bytes(), "state": self.method.state_bytes()}
+        adapter = sum(p.numel() * p.element_size() for layer in self.layers for p in (layer.A, layer.B))
+        return {"adapter": adapter, "state": self.method.state_bytes()}
 
     # -- checks --------------------------------------------------------------------------------------------------------
 
+    @property
+    def _device(self) -> torch.device:
+        return self.layers[0].A.device
+
+    def _share(self) -> None:
+        """Give every process the adapter and the method's state of the first."""
+        if self.replicas.size == 1:
+            return
+        # Parts of a sharded adapter are nobody else's; their values were computed alike everywhere.
+        tensors = [t.data for layer in self.layers if not layer.sharded for t in (layer.A, layer.B)]
+        self.replicas.share([*tensors, *self.method.state_tensors()], self._device)
+
     def _adopt(self, name: str) -> None:
-        self._check_finite("the adapter given as already trained has")
+        check_finite(self, "the adapter given as already trained has")
         self.method.merged = self.method.current.clone()
-        with torch.no_grad():
+        with torch.no_grad(), self.replicas.same_randomness(self._device):
             self.method.after_task(1, None)
+        self._share()
         sync_config(self.model, self.adapter)
         self.history.append(TaskRecord(1, name, 0, 0.0))
 
@@ -301,38 +341,6 @@ class ContinualLora:
         if self._active is None:
             raise TaskError(f"{caller}: no task is in progress; call begin_task(name) first")
         return self._active
-
-    def _check_can_begin(self, name: str, i: int, data: Batches | None) -> None:
-        if self._active is not None:
-            raise TaskError(f"task {self._active.name!r} is in progress; end or abandon it before {name!r} begins")
-        if self.method.joint and self.history:
-            raise TaskError(f"method {self.method.name!r} learns all tasks at once: task {i} {name!r} cannot follow")
-        if self.method.needs_data and data is None:
-            raise TaskError(
-                f"method {self.method.name!r} takes statistics of the task: call task({name!r}, data=batches)"
-            )
-        for layer in self.layers:
-            if self.adapter not in layer.module.active_adapters:
-                raise TaskError(
-                    f"adapter {self.adapter!r} is not active in {layer.name} (active: {layer.module.active_adapters}); "
-                    f"call model.set_adapter({self.adapter!r})"
-                )
-            if layer.module.merged:
-                raise TaskError(f"an adapter is merged into W of {layer.name}; call model.unmerge_adapter()")
-
-    def _check_finite(self, what: str) -> None:
-        factors = self.method.current
-        bad = [
-            f"{layer.name} ({' and '.join(names)})"
-            for layer, A, B in zip(self.layers, factors.A, factors.B, strict=True)
-            if (names := [n for n, t in (("A", A), ("B", B)) if not bool(torch.isfinite(t).all())])
-        ]
-        if bad:
-            more = f" and {len(bad) - 3} more layers" if len(bad) > 3 else ""
-            raise NonFiniteAdapterError(
-                f"{what} inf or NaN in {', '.join(bad[:3])}{more}; the merged LoRA is as it was. Lower the learning "
-                "rate, clip gradients, or train in a wider dtype."
-            )
 
     def _restore_requires_grad(self, active: _Active) -> None:
         for layer, (A, B) in zip(self.layers, active.trained, strict=True):

@@ -32,6 +32,9 @@ class _StoredLayer:
         self.scale = scale
         self.write(A, B)
 
+    def values(self) -> tuple[Tensor, Tensor]:
+        return self.A.data, self.B.data
+
     def write(self, A: Tensor, B: Tensor) -> None:
         self.A = nn.Parameter(A.clone(), requires_grad=False)
         self.B = nn.Parameter(B.clone(), requires_grad=False)

@@ -54,6 +54,10 @@ class Layer(Protocol):
         """s, as the layer applies it now."""
         ...
 
+    def values(self) -> tuple[Tensor, Tensor]:
+        """A and B whole and without autograd, also where A and B are kept in parts by several processes."""
+        ...
+
     def write(self, A: Tensor, B: Tensor) -> None:
         """Set A and B. The parameters keep their identity when the rank stays; otherwise they are replaced and PEFT's
         ``r`` and ``lora_alpha`` follow so that s stays what it was."""
@@ -108,6 +112,7 @@ class Method:
         Options: the class of its options.
         joint: learns all tasks at once (the upper bound) instead of one after another.
         needs_data: its hooks read the task's data, so ``task(name, data=...)`` must be given.
+        changes_rank: it writes factors of another rank than the adapter had, which FSDP2's parameters cannot take.
         layers: the adapted layers, set by the learner.
         merged: the merged LoRA as it was when the current task began (what a roll-back restores).
         terms: the route in force, if any.
@@ -121,6 +126,7 @@ class Method:
     Options: ClassVar[type[Options]] = Options
     joint: ClassVar[bool] = False
     needs_data: ClassVar[bool] = False
+    changes_rank: bool = False
 
     def __init__(self, **options: Any) -> None:
         self.options = self.Options(**options)
@@ -133,8 +139,9 @@ class Method:
 
     @property
     def current(self) -> Factors:
-        """The adapter's own (A, B), live: the parameters' data, without autograd."""
-        return Factors([layer.A.data for layer in self.layers], [layer.B.data for layer in self.layers])
+        """The adapter's own (A, B) without autograd: live, the parameters' data, unless FSDP2 shards them."""
+        values = [layer.values() for layer in self.layers]
+        return Factors([A for A, _ in values], [B for _, B in values])
 
     def write(self, factors: Factors) -> None:
         """Write (A, B) of every layer into the adapter."""
@@ -158,8 +165,8 @@ class Method:
             r = ranks[n] if ranks is not None else layer.A.shape[0]
             A = torch.empty(r, layer.A.shape[1], dtype=torch.float32)
             torch.nn.init.kaiming_uniform_(A, a=math.sqrt(5))
-            fresh.A.append(A.to(layer.A))
-            fresh.B.append(layer.B.new_zeros(layer.B.shape[0], r))
+            fresh.A.append(A.to(layer.A.device, layer.A.dtype))
+            fresh.B.append(torch.zeros(layer.B.shape[0], r, dtype=layer.B.dtype, device=layer.B.device))
         return fresh
 
     # -- hooks -----------------------------------------------------------------------------------------------------
@@ -218,6 +225,10 @@ class Method:
             else:
                 flat[f"{key}.number"] = torch.tensor(value, dtype=torch.float64 if isinstance(value, float) else None)
         return flat
+
+    def state_tensors(self) -> list[Tensor]:
+        """The tensors of ``state`` themselves; numbers, which ``state_dict`` makes tensors of, are left out."""
+        return [t for name, t in self.state_dict().items() if not name.endswith(".number")]
 
     def load_state_dict(self, flat: Mapping[str, Tensor]) -> None:
         """The inverse of ``state_dict``."""

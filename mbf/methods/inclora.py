@@ -20,6 +20,7 @@ class IncLora(Method):
     """Trains (A_i, B_i) beside the frozen [A_1; ..; A_{i−1}], [B_1..B_{i−1}], which are the merged LoRA so far."""
 
     name = "inclora"
+    changes_rank = True
     info = MethodInfo(
         title="A new LoRA for every task (IncLoRA)",
         trained="A_i, B_i",

@@ -92,6 +92,7 @@ class Slao(Method):
 
     def __init__(self, **options: Any) -> None:
         super().__init__(**options)
+        self.changes_rank = self.options.rank is not None
         self._projected_B_merge: list[Tensor] | None = None  # after a change of rank
         self._basis_of: tuple[Factors, list[Tensor]] | None = None  # the last (A_ft, B_ft), and Q of A_ft
 

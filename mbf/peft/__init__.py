@@ -8,7 +8,7 @@ from mbf.peft.initialise import orthogonalize_
 from mbf.peft.linear import FusedLinear, calls
 from mbf.peft.pissa import init_pissa_
 from mbf.peft.report import FuseReport
-from mbf.peft.saving import save_adapter
+from mbf.peft.saving import save_adapter, whole_adapter
 
 __all__ = [
     "AdapterLayer",
@@ -24,4 +24,5 @@ __all__ = [
     "save_adapter",
     "sync_config",
     "unfuse",
+    "whole_adapter",
 ]

@@ -17,6 +17,7 @@ from mbf.peft.eligibility import adapter_reason, layer_reason
 from mbf.peft.fuse import NOT_PEFT
 from mbf.peft.linear import FusedForward, Route
 from mbf.peft.quantised import fused_class
+from mbf.peft.sharded import is_sharded, whole, write_shard
 
 
 class AdapterLayer:
@@ -51,6 +52,16 @@ class AdapterLayer:
         """s, as the layer applies it now."""
         return float(self.module.scaling[self.adapter])
 
+    @property
+    def sharded(self) -> bool:
+        """Whether A and B are kept in parts, one a process (FSDP2)."""
+        return is_sharded(self.A) or is_sharded(self.B)
+
+    def values(self) -> tuple[Tensor, Tensor]:
+        """(A, B) without autograd: the parameters' own memory or, where they are sharded, gathered from all processes,
+        which must all call this."""
+        return whole(self.A), whole(self.B)
+
     @torch.no_grad()
     def write(self, A: Tensor, B: Tensor) -> None:
         """Set A and B, cast to the parameters' dtype and device.
@@ -59,12 +70,15 @@ class AdapterLayer:
         replaced (an optimiser that holds the old ones must be made anew), and the layer's ``r`` and ``lora_alpha``
         change so that s stays; call ``sync_config`` once all layers are written.
 
+        Sharded parameters (FSDP2) take their part of the values, which every process must give; their rank is fixed.
+
         Args:
             A: [r, d_in], any r ≥ 1.
             B: [d_out, r].
 
         Raises:
-            ValueError: the shapes do not fit the layer or one another; nothing is changed.
+            ValueError: the shapes do not fit the layer or one another, or would change the rank of sharded parameters;
+                nothing is changed.
         """
         d_in, d_out, r = self.A.shape[1], self.B.shape[0], A.shape[0]
         if A.shape != (r, d_in) or B.shape != (d_out, r) or r == 0:
@@ -72,6 +86,15 @@ class AdapterLayer:
                 f"layer {self.name} takes A [r, {d_in}] and B [{d_out}, r] with one r ≥ 1, "
                 f"got A {list(A.shape)} and B {list(B.shape)}"
             )
+        if self.sharded:
+            if r != self.A.shape[0]:
+                raise ValueError(
+                    f"layer {self.name} is sharded by FSDP2 at rank {self.A.shape[0]}, which cannot become {r}; "
+                    "change the rank before fully_shard, or train with DDP"
+                )
+            write_shard(self.A, A)
+            write_shard(self.B, B)
+            return
         if r == self.A.shape[0]:
             self.A.copy_(A)
             self.B.copy_(B)
@@ -103,7 +126,7 @@ class AdapterLayer:
         fused = fused_class(type(module))
         reason = layer_reason(module, fused)
         if reason is None:
-            reason = adapter_reason(module, self.adapter)
+            reason = adapter_reason(module, self.adapter, resting=True)
         if reason is not None:
             raise ValueError(
                 f"layer {self.name} cannot compute with replaced terms: {reason}; "

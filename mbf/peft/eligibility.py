@@ -15,15 +15,20 @@ from torch import Tensor, nn
 from torch.autograd import forward_ad
 
 from mbf.ops.philox import P_END
+from mbf.peft.sharded import is_sharded
 
 _DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
 PLAIN = (nn.Parameter, Tensor)  # not DTensor, not a quantised or offloaded subclass
 
 
-def plain_weight(module: nn.Module) -> Tensor | None:
-    """``module.weight`` if it is a registered, ordinary float tensor, else None."""
-    weight = module._parameters.get("weight")
-    return weight if type(weight) in PLAIN and weight.dtype in _DTYPES else None  # type: ignore[union-attr]
+def plain_weight(module: nn.Module, resting: bool = False) -> Tensor | None:
+    """``module.weight`` if it is a registered, ordinary float tensor, else None.
+
+    ``resting`` is for a look between forwards: a weight that FSDP2 shards counts as the one that a forward gathers.
+    """
+    weight: Any = module._parameters.get("weight")
+    ordinary = type(weight) in PLAIN or (resting and weight is not None and is_sharded(weight))
+    return weight if ordinary and weight.dtype in _DTYPES else None
 
 
 def _watched(module: nn.Module) -> bool:
@@ -52,8 +57,8 @@ def base_reason(layer: Any) -> str | None:
     return None
 
 
-def adapter_reason(layer: Any, adapter: str) -> str | None:
-    """Why ``adapter``, which the layer has, cannot be computed by the fused forward, or None."""
+def adapter_reason(layer: Any, adapter: str, resting: bool = False) -> str | None:
+    """Why ``adapter``, which the layer has, cannot be computed by the fused forward, or None; ``resting`` as above."""
     if adapter in layer.lora_variant:
         return f"adapter {adapter!r} is the LoRA variant {type(layer.lora_variant[adapter]).__name__}"
     modules: Any = layer._modules
@@ -71,7 +76,7 @@ def adapter_reason(layer: Any, adapter: str) -> str | None:
         return f"lora_dropout of adapter {adapter!r} is {type(dropout).__name__}, not nn.Dropout"
     if _watched(A) or _watched(B) or _watched(dropout):
         return f"lora_A, lora_B or lora_dropout of adapter {adapter!r} has hooks or a replaced forward"
-    weight_A, weight_B = plain_weight(A), plain_weight(B)
+    weight_A, weight_B = plain_weight(A, resting), plain_weight(B, resting)
     if weight_A is None or weight_B is None:
         return f"A or B of adapter {adapter!r} is not an ordinary float tensor"
     if weight_A.dtype is not weight_B.dtype:
@@ -115,5 +120,5 @@ def layer_reason(layer: Any, fused: type | None) -> str | None:
         return "its forward was replaced on the instance, as accelerate's device hooks do"
     if (reason := base_reason(layer)) is not None:
         return reason
-    reasons = [adapter_reason(layer, adapter) for adapter in layer.lora_A]
+    reasons = [adapter_reason(layer, adapter, resting=True) for adapter in layer.lora_A]
     return reasons[0] if reasons and None not in reasons else None

@@ -22,6 +22,9 @@ class PlainLayer:
         self.B = nn.Parameter(torch.zeros(d_out, r))
         self.terms: Callable | None = None
 
+    def values(self) -> tuple[Tensor, Tensor]:
+        return self.A.data, self.B.data
+
     def write(self, A: Tensor, B: Tensor) -> None:
         self.A = nn.Parameter(A.detach().clone())
         self.B = nn.Parameter(B.detach().clone())

@@ -11,7 +11,9 @@ from types import ModuleType
 import pytest
 
 from mbf import methods
+from mbf.continual import ContinualLora
 from mbf.methods import base
+from tests.continual.tiny import peft_model, train
 from tests.documents.blocks import ROOT, Block, DocumentError, blocks, broken_links, missing_files, name_of, pages
 from tests.documents.check import CHECKS, check, commands, runs_here
 
@@ -73,6 +75,22 @@ def test_tables_of_methods_have_every_method_once(page: str, heading: str) -> No
     assert sorted(rows_of_methods(page, heading)) == methods.available()
 
 
+@pytest.mark.parametrize("name", [name for name in methods.available() if not methods.get(name).joint])
+def test_what_methods_keep_is_as_listed(name: str) -> None:
+    """The columns "kept" and "adapter", in sizes of one LoRA, after three tasks."""
+    (row,) = re.findall(rf"^\| `{name}` \|.*", (ROOT / "docs/methods.md").read_text(encoding="utf-8"), re.MULTILINE)
+    kept, adapter = (cell.strip() for cell in row.split("|")[3:5])
+    model = peft_model()
+    learner = ContinualLora(model, name)
+    one = learner.memory_bytes()["adapter"]
+    for seed in range(3):
+        with learner.task(f"task {seed}"):
+            train(model, seed, steps=1)
+    sizes = {"0": 0, "P": one, "3P": 3 * one, "T·P": 3 * one}
+    numbers = 8 * sum(not isinstance(value, base.Factors) for value in learner.method.state.values())
+    assert learner.memory_bytes() == {"adapter": sizes[adapter], "state": sizes[kept] + numbers}
+
+
 def test_the_reference_has_all_that_is_public() -> None:
     import mbf
     import mbf.ops
@@ -103,6 +121,7 @@ WRONG = {
     "not Python": ("python", "with:", None),
     "no excerpt": ('cpp title="csrc/ops.cpp"', '  m.impl("merge", TORCH_BOX(&mbf::cpu::merge));', "has no line"),
     "no excerpt of Python": ('python title="mbf/methods/seqlora.py"', "class SeqLora(Methods):", "has no line"),
+    "other output": ('python\nprint(1)\nprint(2)\n```\n```text title="prints"', "2\n1", "'1' is not printed"),
     "a test that fails": ('python title="tests/none.py"', "def test_one():\n    assert 1 == 2", "AssertionError"),
     "an excerpt of nothing": ("cpp", "int x;", "wanted the file"),
     "a diff that fails": ("diff", "  x = 1\n+ y = z", "NameError"),
@@ -140,11 +159,50 @@ def test_a_wrong_block_is_found(
 
 
 RIGHT = {
-    "namespace": "```python\nx = 1\n```\n\n- in a list\n\n  ```python\n  assert x == 1\n  if x:\n      x = 2\n  ```\n",
-    "diff": "```diff\n  for i in range(2):\n+     if True:\n          print(i)\n      print(i)\n- x = 1\n+ x = 2\n```\n",
-    "excerpt": '```cpp title="csrc/ops.cpp"\nSTABLE_TORCH_LIBRARY_IMPL(mbf, CPU, m) {\n  // ...\n}\n```\n',
-    "four ticks": "````text\n```python\nraise ValueError\n```\n````\n",
-    "commands": "```bash\nMBF_AUTOTUNE=1 mbf methods --json > a.json  # kept\nmbf run real-5 \\\n  --seed 0,1 && make run\n```\n",
+    "namespace": """
+```python
+x = 1
+```
+
+- in a list
+
+  ```python
+  assert x == 1
+  if x:
+      x = 2
+  ```
+""",
+    "diff": """
+```diff
+  for i in range(2):
++     if True:
+          print(i)
+      print(i)
+- x = 1
++ x = 2
+```
+""",
+    "excerpt": """
+```cpp title="csrc/ops.cpp"
+STABLE_TORCH_LIBRARY_IMPL(mbf, CPU, m) {
+  // ...
+}
+```
+""",
+    "four ticks": """
+````text
+```python
+raise ValueError
+```
+````
+""",
+    "commands": """
+```bash
+MBF_AUTOTUNE=1 mbf methods --json > a.json  # kept
+mbf run real-5 \\
+  --seed 0,1 && make run
+```
+""",
 }
 
 

@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import ast
+import contextlib
 import difflib
 import glob
 import importlib.util
+import io
 import re
 import shlex
 import subprocess
@@ -21,6 +23,7 @@ from typer.testing import CliRunner
 from tests.documents.blocks import ROOT, Block
 
 Namespace = dict[str, Any]
+_PRINTED = "__printed__"
 
 
 def check(block: Block, namespace: Namespace) -> None:
@@ -45,10 +48,13 @@ def _python(block: Block, namespace: Namespace) -> None:
 def _run(block: Block, source: str, namespace: Namespace) -> None:
     # Line numbers of a traceback are those of the page.
     code = compile("\n" * (block.line - 1) + source, str(block.page), "exec")
+    printed = io.StringIO()
     try:
-        exec(code, namespace)
+        with contextlib.redirect_stdout(printed):
+            exec(code, namespace)
     except Exception as error:
         raise block.wrong(f"{type(error).__name__}: {error}") from error
+    namespace[_PRINTED] = printed.getvalue()
 
 
 def _excerpt(block: Block, namespace: Namespace) -> None:
@@ -66,6 +72,16 @@ def _excerpt(block: Block, namespace: Namespace) -> None:
         except ValueError:
             near = difflib.get_close_matches(text, of_file, 1)
             raise block.wrong(f"{block.title} has no line {text!r} here; near: {near}") from None
+
+
+def _text(block: Block, namespace: Namespace) -> None:
+    """Under the title "prints": lines that the Python before it printed, in their order; some machines print more."""
+    if block.title != "prints":
+        return
+    printed = iter(namespace.get(_PRINTED, "").splitlines())
+    for line in block.text.splitlines():
+        if line not in printed:  # consumes those before it
+            raise block.wrong(f"{line!r} is not printed by the block before it, which prints {namespace[_PRINTED]!r}")
 
 
 def _diff(block: Block, namespace: Namespace) -> None:
@@ -282,7 +298,7 @@ CHECKS: dict[str, Callable[[Block, Namespace], None]] = {
     "yaml": _yaml,
     "bash": _bash,
     "cpp": _excerpt,
-    "text": lambda block, namespace: None,
+    "text": _text,
 }
 PROGRAMS: dict[str, Callable[[Block, list[str]], None]] = {
     "mbf": _mbf,

@@ -6,4 +6,4 @@ from tests.run.tiny import write_stream
 
 write_stream(Path("data"))
 for name in ("agnews", "yahoo"):
-    peft_model().save_pretrained(str(Path("adapters", name)))
+    peft_model(init_lora_weights=False).save_pretrained(f"adapters/{name}")

@@ -16,7 +16,7 @@ native := setup.py csrc/ops.cpp csrc/portable.cpp csrc/portable.map $(shell find
 export HF_HUB_DISABLE_TELEMETRY := 1
 
 .DEFAULT_GOAL := help
-.PHONY: help run test lint emulation wheel bench docs docs-serve clean
+.PHONY: help run test lint emulation wheel wheel-check bench docs docs-serve clean
 .DELETE_ON_ERROR:
 .NOTPARALLEL:
 
@@ -46,17 +46,16 @@ emulation: $(done)/test $(done)/native ## the tests of the CUDA kernels on the C
 		LD_PRELOAD="$$($${CXX:-g++} -print-file-name=libasan.so) $$($${CXX:-g++} -print-file-name=libstdc++.so)" \
 		$(bin)/python -m pytest --capture=sys tests/cuda --ignore tests/cuda/test_build.py
 
-# The wheel is proved from its own files: installed alone into an empty folder, imported from elsewhere, one operator run.
-wheel: $(done)/dev ## build dist/*.whl, install it into an empty folder and run an operator from there
-	rm -rf dist build/lib* build/bdist* build/wheel-check
-	MBF_BUILD_CPU=1 MBF_BUILD_CUDA=$(if $(shell command -v nvcc),1,auto) $(bin)/python -m build --wheel --no-isolation
-	$(pip) install --quiet --no-deps --target build/wheel-check dist/*.whl
-	cd build/wheel-check && $(abspath $(bin))/python -c 'import pathlib, torch, mbf, mbf.kernels; \
-		assert pathlib.Path(mbf.__file__).parent.parent == pathlib.Path.cwd(), mbf.__file__; \
-		old, new = torch.zeros(3), torch.ones(3); mbf.ops.merge_([old], [new], 0.5); assert old.tolist() == [0.5] * 3; \
-		from mbf.ops._cuda import cuda_status; \
-		print("wheel:", mbf.__version__, "- compiled extension:", mbf.ops.native_status().reason, \
-			"- CUDA extension:", cuda_status().reason)'
+wheel: $(done)/dev ## build the wheel and the sdist into dist/; audit the wheel and tag it for every Linux it serves
+	rm -rf dist build/lib* build/bdist* build/wheel
+	MBF_BUILD_CPU=1 MBF_BUILD_CUDA=$(if $(shell command -v nvcc),1,auto) \
+		$(bin)/python -m build --wheel --no-isolation --outdir build/wheel
+	MBF_BUILD_CPU=0 MBF_BUILD_CUDA=0 $(bin)/python -m build --sdist --no-isolation
+	$(bin)/python -m tests.wheel.audit build/wheel/*.whl --output dist
+
+# Needs, beside the registry, another Python: 3.10 or from 3.12 on. Downloads stay in uv's cache.
+wheel-check: wheel ## use the wheel and the sdist in clean environments: two Pythons, the pinned and the oldest torch
+	$(bin)/python -m tests.wheel dist
 
 # Material prints an advertisement against a later MkDocs unless told not to.
 docs: $(done)/docs ## the documentation, in site/; a warning is an error

@@ -1,1 +1,1 @@
-"""The wheel, proved from outside the checkout: ``audit`` reads its shared objects, ``python -m tests.wheel`` runs it."""
+"""The wheel: ``audit`` reads its shared objects, ``python -m tests.wheel`` uses it outside the checkout."""

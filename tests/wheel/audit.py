@@ -1,7 +1,7 @@
 """Whether a wheel keeps what its tag promises: every Python, every torch from 2.10 on, every Linux that torch serves.
 
-``python -m tests.wheel.audit build/wheel/*.whl --output dist`` reads the dynamic symbols of each shared object, and lets
-auditwheel judge the versions of glibc and libstdc++ and write the wheel with its platform tag.
+``python -m tests.wheel.audit build/wheel/*.whl --output dist`` reads the dynamic symbols of each shared object, and
+lets auditwheel judge the versions of glibc and libstdc++ and write the wheel with its platform tag.
 """
 
 from __future__ import annotations

@@ -9,10 +9,12 @@ from pathlib import Path
 from types import ModuleType
 
 import pytest
+import yaml
 
 from mbf import methods
 from mbf.continual import ContinualLora
 from mbf.methods import base
+from mbf.run.config import RunConfig, parse_config
 from tests.continual.tiny import peft_model, train
 from tests.documents.blocks import ROOT, Block, DocumentError, blocks, broken_links, missing_files, name_of, pages
 from tests.documents.check import CHECKS, check, commands, runs_here
@@ -104,6 +106,14 @@ def test_the_reference_has_all_that_is_public() -> None:
     operators = {name for name in mbf.ops.__all__ if not name.rstrip("_").endswith("_ref")}
     registry = {"available", "get", "register", "Method"}
     assert (public | operators | registry) - documented == set()
+
+
+def test_the_defaults_of_a_run_are_as_shown() -> None:
+    shown = next(block for block in blocks(ROOT / "docs" / "runs.md") if block.language == "yaml")
+    plain = RunConfig.from_stream("quickstart").plain()
+    assert parse_config(yaml.safe_load(shown.text)).plain() == plain
+    of_sections = [f"{key}:" for value in plain.values() if isinstance(value, dict) for key in value]
+    assert [key for key in [*(f"{key}:" for key in plain), *of_sections] if key not in shown.text] == []
 
 
 # -- planted faults: a wrong document is found ---------------------------------------------------------------------

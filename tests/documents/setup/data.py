@@ -1,0 +1,6 @@
+# A folder of tasks.
+from pathlib import Path
+
+from tests.run.tiny import write_stream
+
+write_stream(Path("data"))

@@ -18,6 +18,9 @@ HEAVY = [
     "transformers.trainer",
     "transformers.models.llama",
     "transformers.modeling_utils",
+    "bitsandbytes",
+    "torchao",
+    "hqq",
 ]
 
 

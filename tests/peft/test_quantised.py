@@ -369,4 +369,5 @@ def test_compiles_to_one_graph_as_peft_s_layer_does(kind: str) -> None:
         found = results(torch.compile(one, fullgraph=True, backend=backend), x, dy)
     assert ["lora_accumulate" in graph for graph in graphs] == [False, True]
     for name in stock:
-        torch.testing.assert_close(found[f"_orig_mod.{name}" if name.startswith("lora") else name], stock[name])
+        ours = found[f"_orig_mod.{name}" if name.startswith("lora") else name]
+        torch.testing.assert_close(ours, stock[name], rtol=1e-4, atol=1e-4)

@@ -262,6 +262,9 @@ class ContinualLora:
             return
         method, i = self.method, self._active.index
         index = {layer.name: n for n, layer in enumerate(self.layers)}
+        weight = method.merge_weight(i) if weight is None else weight
+        if weight is not None and not isinstance(weight, Tensor):
+            weight = torch.tensor(weight, dtype=torch.float64)  # a float would be a constant of a compiled graph
         method.merged_terms(self.layers[0], 0, i, weight)  # a method without a weight says so before anything changes
         try:
             for layer in self.layers:

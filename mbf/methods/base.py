@@ -200,6 +200,10 @@ class Method:
     def inference_adapter(self, inputs: Mapping[str, Any]) -> None:
         """Choose, outside a task, how the layers compute for the coming inputs."""
 
+    def merge_weight(self, i: int) -> float | None:
+        """λ(i) of a method that merges with a weight."""
+        return None
+
     def merged_terms(self, layer: Layer, index: int, i: int, weight: float | Tensor | None) -> LoraTerms:
         """The would-be merge of ``layer`` (at ``index`` of ``layers``) inside task i, as terms of one forward.
 

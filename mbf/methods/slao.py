@@ -100,7 +100,9 @@ class Slao(Method):
         return i == 1 or self.options.train != "B", i == 1 or self.options.train != "A"
 
     def merge_weight(self, i: int) -> float:
-        """λ(i); the paper's is 1/√i."""
+        """λ(i); the paper's is 1/√i. The first task has nothing to be merged with."""
+        if i == 1:
+            return 1.0
         schedule = self.options.schedule
         if callable(schedule):
             return float(schedule(i))
@@ -187,7 +189,7 @@ class Slao(Method):
 
     def merged_terms(self, layer: Layer, index: int, i: int, weight: float | Tensor | None) -> LoraTerms:
         """Time-aware scaling: B_merge + λ (B_ft − B_merge) is interpolated by the operator, nothing is written."""
-        weight = (self.merge_weight(i) if i > 1 else 1.0) if weight is None else weight
+        weight = self.merge_weight(i) if weight is None else weight
         A: Tensor = layer.A
         if self.options.merge != "B":
             A = torch.lerp(self.merged.A[index], A, torch.as_tensor(weight, dtype=A.dtype, device=A.device))

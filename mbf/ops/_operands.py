@@ -80,6 +80,10 @@ def prepare(
     A tensor scale moves into the gate, a float λ becomes a 0-d tensor, an int seed too; without a seed, one is drawn.
     """
     _check_factors(x, A, B)
+    if torch.compiler.is_compiling() and not isinstance(scale, Tensor):
+        # An operator's float is a constant of its graph, which would be compiled anew for every other; the product
+        # makes it an input of the graph as soon as a second one comes.
+        scale = A.new_ones((), dtype=torch.promote_types(A.dtype, torch.float32)) * scale
     if isinstance(scale, Tensor):
         if scale.dim() != 0:
             raise ValueError(

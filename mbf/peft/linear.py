@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
+from types import MappingProxyType
 from typing import Any, ClassVar, NamedTuple
 
 import torch
@@ -48,6 +49,8 @@ class FusedForward(nn.Module):
     _active_adapter: str | list[str]
     _disable_adapters: bool
     _borrowed = False  # a stock layer that is of this class only while it is routed
+    # An attribute, and not an entry of __dict__ that may be missing: torch.compile guards what it found only there.
+    _routes: Mapping[str, Route] = MappingProxyType({})
 
     def forward(self, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
         """As the forward of ``peft_class``: x [..., d_in] to [..., d_out] in the dtype that this gives.
@@ -56,7 +59,7 @@ class FusedForward(nn.Module):
             RuntimeError: an adapter is routed and the call cannot be fused, so the route could not be honoured.
         """
         active = self._computing()
-        routes: dict[str, Route] = self.__dict__.get("_routes", {})
+        routes = self._routes
         routed = bool(routes) and any(adapter in routes for adapter in active)
         if not active or (self._borrowed and not routed):
             return self._stock(x, *args, **kwargs)
@@ -82,7 +85,7 @@ class FusedForward(nn.Module):
         active = self._computing()
         if len(active) != 1 or _watched(self) or call_reason(self, x, active) is not None:
             return None
-        if self._borrowed and active[0] not in self.__dict__.get("_routes", {}):
+        if self._borrowed and active[0] not in self._routes:
             return None
         base: Any = self._modules["base_layer"]
         return active[0] if plain_linear(base, x) and not trains(base) else None
@@ -90,7 +93,7 @@ class FusedForward(nn.Module):
     def group_layer(self, adapter: str) -> GroupLayer:
         """What that call computes with."""
         base: Any = self._modules["base_layer"]
-        terms = self._terms(adapter, self.__dict__.get("_routes", {}))
+        terms = self._terms(adapter, self._routes)
         weight, bias = base._parameters["weight"], base._parameters["bias"]
         return GroupLayer(weight, terms, bias, self._dropout_p(adapter))
 
@@ -106,7 +109,7 @@ class FusedForward(nn.Module):
             modules["lora_B"]._modules[adapter]._parameters["weight"],
             self.scaling[adapter],
             self._dropout_p(adapter),
-            self.__dict__.get("_routes", {}).get(adapter),
+            self._routes.get(adapter),
         )
 
     def release(self) -> None:
@@ -133,7 +136,7 @@ class FusedForward(nn.Module):
             calls["slow"] += 1
         return super().forward(x, *args, **kwargs)
 
-    def _fused(self, x: Tensor, active: list[str], routes: dict[str, Route]) -> Tensor:
+    def _fused(self, x: Tensor, active: list[str], routes: Mapping[str, Route]) -> Tensor:
         if not torch.compiler.is_compiling():
             calls["fast"] += 1
             if (shared := shared_output(self, x)) is not None:
@@ -168,7 +171,7 @@ class FusedForward(nn.Module):
         base: Any = self._modules["base_layer"]
         return base(x)
 
-    def _terms(self, adapter: str, routes: dict[str, Route]) -> LoraTerms:
+    def _terms(self, adapter: str, routes: Mapping[str, Route]) -> LoraTerms:
         if adapter in routes:
             route = routes[adapter]
             return route.terms(route.layer)

@@ -21,7 +21,10 @@ _TIMEOUT = 240
 
 
 def together(function: Callable[..., Any], *arguments: Any, processes: int = 2) -> list[Any]:
-    """What ``function(*arguments)`` returns on each process, by rank; an exception of any of them is raised here."""
+    """What ``function(*arguments)`` returns on each process, by rank; an exception of any of them is raised here.
+
+    A single process is none of a group.
+    """
     with tempfile.TemporaryDirectory() as folder:
         queue = _PROCESSES.SimpleQueue()
         store = Path(folder) / "store"
@@ -54,13 +57,16 @@ def _receive(queue: Any, members: list[Any]) -> tuple[int, Any, str | None]:
 
 def _member(rank: int, size: int, store: Path, queue: Any, function: Callable[..., Any], arguments: tuple) -> None:
     torch.set_num_threads(1)
-    os.environ |= {"RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": str(size), "HF_HUB_OFFLINE": "1"}
+    os.environ |= {"RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": str(size), "LOCAL_WORLD_SIZE": str(size)}
+    os.environ |= {"MASTER_ADDR": "127.0.0.1", "HF_HUB_OFFLINE": "1"}
     try:
-        dist.init_process_group("gloo", init_method=f"file://{store}", rank=rank, world_size=size)
+        if size > 1:
+            dist.init_process_group("gloo", init_method=f"file://{store}", rank=rank, world_size=size)
         # By value: a tensor in shared memory is gone with the process that made it.
         result = io.BytesIO()
         torch.save(function(*arguments), result)
         queue.put((rank, result.getvalue(), None))
-        dist.destroy_process_group()
+        if size > 1:
+            dist.destroy_process_group()
     except BaseException:
         queue.put((rank, None, traceback.format_exc()))

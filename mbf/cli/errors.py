@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from typing import Any
 
 import typer
@@ -40,8 +41,10 @@ class Commands(TyperGroup):
 
 
 def _report(lines: list[str], error: BaseException) -> None:
+    rank = os.environ.get("RANK", "0")
+    who = "mbf" if rank == "0" else f"mbf (process {rank})"
     for line in [*lines, *getattr(error, "__notes__", [])]:
-        err(f"mbf: {line}")
+        err(f"{who}: {line}")
 
 
 def messages(error: BaseException) -> list[str]:

@@ -1,6 +1,6 @@
 """Parameters that FSDP2 (``torch.distributed.fsdp.fully_shard``) keeps in parts, one a process, as DTensors.
 
-``whole`` and ``write_shard`` are each called on all processes of the mesh, ``whole`` because it gathers.
+All processes of the mesh call these functions together; ``whole`` communicates, the others take their part.
 """
 
 from __future__ import annotations
@@ -22,16 +22,19 @@ def whole(tensor: Tensor) -> Tensor:
     return data.full_tensor() if is_sharded(tensor) else tensor.data
 
 
-@torch.no_grad()
-def write_shard(parameter: Tensor, values: Tensor) -> None:
-    """Copy this process's part of ``values``, which all processes hold, into the sharded ``parameter``."""
+def like_shard(parameter: Tensor, values: Tensor) -> Tensor:
+    """``values``, which all processes hold, sharded as ``parameter`` is, on its device; nothing is communicated."""
     from torch.distributed.tensor import distribute_tensor
 
     target: Any = parameter
-    parts = distribute_tensor(
-        values.detach().to(target.device, target.dtype), target.device_mesh, target.placements, src_data_rank=None
-    )
-    target.copy_(parts)
+    here = values.detach().to(target.device)
+    return distribute_tensor(here, target.device_mesh, target.placements, src_data_rank=None)
+
+
+@torch.no_grad()
+def write_shard(parameter: Tensor, values: Tensor) -> None:
+    """Copy this process's part of ``values``, which all processes hold, into the sharded ``parameter``."""
+    parameter.copy_(like_shard(parameter, values))
 
 
 def reshard(model: nn.Module) -> None:

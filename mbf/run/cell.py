@@ -15,7 +15,8 @@ from transformers import set_seed
 from mbf import methods
 from mbf.continual import ContinualLora
 from mbf.continual.atomic import whole_directory
-from mbf.peft import fuse, save_adapter
+from mbf.peft import fuse, save_adapter, whole_adapter
+from mbf.peft.sharded import reshard
 from mbf.report import RunResult, TaskMemory
 from mbf.run.checkpoint import newest
 from mbf.run.config import MethodSpec, RunConfig
@@ -70,11 +71,12 @@ class Cell:
         self.tasks = bench.stream.orders[key.order]
         self.joint = methods.get(key.method.name).joint
         self.rounds = [("all tasks", self.tasks)] if self.joint else [(name, (name,)) for name in self.tasks]
-        self.ledger = Ledger.read(self.directory.progress, self.tasks)
+        self.processes = bench.processes
+        self.ledger = self.processes.on_main(lambda: Ledger.read(self.directory.progress, self.tasks))
 
     def run(self) -> RunResult:
         """Do what is left, write adapter and result."""
-        self.directory.tidy(len(self.ledger.learned))
+        self._tidy(len(self.ledger.learned))
         model = self.bench.base_model()
         zero_shot = self.bench.zero_shot(model, self.run_directory.zero_shot)
         learner = self._learner(model)
@@ -82,11 +84,22 @@ class Cell:
             if number > len(self.ledger.learned):
                 self._learn(learner, number)
             self._evaluate(learner, number)
-        with whole_directory(self.directory.adapter) as directory:
-            save_adapter(learner.model, learner.adapter, directory)
+        reshard(learner.model)
+        parameters = whole_adapter(learner.model, learner.adapter)
         result = self._result(zero_shot)
-        write_json(self.directory.result, result.model_dump(mode="json"))
+        if self.processes.main:
+            with whole_directory(self.directory.adapter) as directory:
+                save_adapter(learner.model, learner.adapter, directory, parameters)
+            write_json(self.directory.result, result.model_dump(mode="json"))
+        self.processes.wait()
         return result
+
+    def _tidy(self, learned: int) -> None:
+        self.processes.on_main(lambda: self.directory.tidy(learned))
+
+    def _write_ledger(self) -> None:
+        if self.processes.main:
+            self.ledger.write(self.directory.progress)
 
     def _learner(self, model: nn.Module) -> ContinualLora:
         lora = self.config.lora
@@ -106,15 +119,19 @@ class Cell:
         if self.config.fuse:
             fuse(adapted)
         if self.ledger.learned:
-            return ContinualLora.load(adapted, self.directory.state(len(self.ledger.learned)))
-        return ContinualLora(adapted, self.key.method.name, **self.key.method.options)
+            learner = ContinualLora.load(adapted, self.directory.state(len(self.ledger.learned)))
+        else:
+            learner = ContinualLora(adapted, self.key.method.name, **self.key.method.options)
+        if self.processes.sharded:
+            self.processes.shard(adapted)
+        return learner
 
     def _learn(self, learner: ContinualLora, number: int) -> None:
         name, members = self.rounds[number - 1]
         train, progress = self.config.train, self.bench.progress
         examples = [e for task in members for e in self.bench.encoder.examples(self.bench.stream.tasks[task].train)]
         progress.task_started(self.key.name, name, number, len(self.rounds), steps_of(len(examples), train))
-        checkpoint = newest(self.directory.train(number))
+        checkpoint = self.processes.on_main(lambda: newest(self.directory.train(number)))
         seed = self.key.task_seed(number)
         set_seed(seed)
         with learner.task(name, self._batches(examples)):
@@ -132,6 +149,7 @@ class Cell:
                 method_state=learner.method.state_dict,
                 checkpoint=checkpoint,
                 progress=progress,
+                processes=self.processes,
             )
         learner.save(self.directory.state(number))
         memory = learner.memory_bytes()
@@ -144,8 +162,8 @@ class Cell:
                 state_bytes=memory["state"],
             )
         )
-        self.ledger.write(self.directory.progress)
-        self.directory.tidy(number)
+        self._write_ledger()
+        self._tidy(number)
 
     def _batches(self, examples: list[dict[str, list[int]]]) -> DataLoader[Any]:
         """The task's data for methods that take statistics of it, in the order of the rows."""
@@ -162,7 +180,7 @@ class Cell:
         for task in self.tasks[:number] if seen_only else self.tasks:
             if task not in learned.scores:
                 learned.scores[task] = self.bench.score(learner.model, self.key.name, learned.name, task)
-                self.ledger.write(self.directory.progress)
+                self._write_ledger()
 
     def _result(self, zero_shot: dict[str, float]) -> RunResult:
         learned, facts = self.ledger.learned, self.run_directory.facts

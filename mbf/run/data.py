@@ -81,7 +81,7 @@ class Collator:
         keep = 1 + max(len(example["answer"]) for example in examples)
         labels = torch.full((len(examples), keep), IGNORED)
         for row, example in enumerate(examples):
-            labels[row, -len(example["answer"]) :] = torch.tensor(example["answer"])
+            labels[row, keep - len(example["answer"]) :] = torch.tensor(example["answer"], dtype=torch.int64)
         inputs = pad_left([example["prompt"] + example["answer"] for example in examples], self.pad)
         return {**inputs, "labels": labels, "logits_to_keep": keep}
 

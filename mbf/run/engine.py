@@ -5,26 +5,34 @@ from __future__ import annotations
 import shlex
 import sys
 import time
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import ExitStack, contextmanager
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from mbf.run.config import RunConfig
 from mbf.run.directory import RunDirectory, RunError, check_free, locked
-from mbf.run.progress import LogProgress, Progress
+from mbf.run.progress import LogProgress, Progress, Silent
 from mbf.run.versions import versions
 
 if TYPE_CHECKING:
     from mbf.report import RunResult
+    from mbf.run.processes import Processes
     from mbf.run.workbench import Workbench
 
 
-def run(config: RunConfig, progress: Progress | None = None) -> list[RunResult]:
+def run(config: RunConfig, progress: Progress | None = None, *, sharded: bool = False) -> list[RunResult]:
     """Every method of ``config`` on every order with every seed, and the report of them all.
 
+    Under torchrun or ``accelerate launch`` each process calls this; together they compute what one would, and the main
+    one writes, to a directory that all can read.
+
     Args:
-        config: what to run; ``config.output`` is where, default ``runs/<stream>-<time>``.
-        progress: told what happens; default the logger ``mbf.run``.
+        config: what to run; ``config.output`` is where, default ``runs/<stream>-<time>``. Its batch size is that of
+            all processes together.
+        progress: told what happens, in the main process; default the logger ``mbf.run``.
+        sharded: of several processes, each keeps a part of the model (FSDP2), not a replica (DDP).
 
     Returns:
         One result a cell. ``<output>/report/report.html`` shows them.
@@ -35,16 +43,30 @@ def run(config: RunConfig, progress: Progress | None = None) -> list[RunResult]:
             nothing was written.
         mbf.continual.TaskError: a method left a broken adapter; ``resume`` can go on.
     """
-    from mbf.run.workbench import Workbench  # late, as it brings transformers, which takes seconds to import
+    # late, as they bring torch and transformers, which take seconds to import
+    from mbf.run.processes import Processes
+    from mbf.run.workbench import Workbench
 
-    progress = progress or LogProgress()
-    root = config.output or default_output(config)
-    check_free(root)
-    bench = Workbench(config, progress)
-    command = shlex.join([Path(sys.argv[0]).name, *sys.argv[1:]])
-    with locked(root):
-        facts = {"command": command, "versions": versions(), "data": bench.data_hashes()}
-        return _run_cells(RunDirectory.create(root, config, facts), bench, progress)
+    here = Processes(sharded)
+    progress = (progress or LogProgress()) if here.main else Silent()
+    root = here.on_main(lambda: config.output or default_output(config))
+    here.on_main(lambda: check_free(root))
+    bench = here.together(lambda: Workbench(config, progress, here))
+    with _locked(root, here):
+        facts = {"command": _command(), "versions": versions(), "data": bench.data_hashes()}
+        return _run_cells(here.on_main(lambda: RunDirectory.create(root, config, facts)), bench, progress)
+
+
+def _command() -> str:
+    program = Path(sys.argv[0])
+    return shlex.join([program.parent.name if program.name == "__main__.py" else program.name, *sys.argv[1:]])
+
+
+@contextmanager
+def _locked(root: Path, processes: Processes) -> Iterator[None]:
+    with ExitStack() as stack:
+        processes.on_main(lambda: stack.enter_context(locked(root)))
+        yield
 
 
 def default_output(config: RunConfig) -> Path:
@@ -52,22 +74,25 @@ def default_output(config: RunConfig) -> Path:
     return Path("runs", f"{config.stream_name}-{time.strftime('%Y%m%d-%H%M%S')}")
 
 
-def resume(directory: str | Path, progress: Progress | None = None) -> list[RunResult]:
+def resume(directory: str | Path, progress: Progress | None = None, *, sharded: bool = False) -> list[RunResult]:
     """Go on with the run in ``directory`` from its newest whole checkpoint.
 
     It ends as it would have without the interruption: the same scores, the same adapters bit for bit. Cells that are
-    finished are not run again.
+    finished are not run again. The number of processes may be another one, and so may ``sharded``; sums are then
+    rounded otherwise, and dropout masks are others.
 
     Raises:
         RunError: no run there, another process is at it, or its configuration or data changed.
     """
+    from mbf.run.processes import Processes
     from mbf.run.workbench import Workbench
 
-    progress = progress or LogProgress()
+    here = Processes(sharded)
+    progress = (progress or LogProgress()) if here.main else Silent()
     root = Path(directory)
-    found = RunDirectory.open(root)
-    with locked(root):
-        bench = Workbench(found.config, progress)
+    found = here.on_main(lambda: RunDirectory.open(root))
+    with _locked(root, here):
+        bench = here.together(lambda: Workbench(found.config, progress, here))
         _check_same_data(found, bench.data_hashes())
         for name, now in versions().items():
             if (then := found.facts["versions"].get(name)) != now:
@@ -82,13 +107,14 @@ def _run_cells(run: RunDirectory, bench: Workbench, progress: Progress) -> list[
     results = []
     keys = cells_of(run.config)
     for number, key in enumerate(keys, 1):
-        result = finished(key, run)
+        result = bench.processes.on_main(partial(finished, key, run))
         if result is None:
             progress.cell_started(key.name, number, len(keys), bench.stream.orders[key.order])
             result = Cell(key, run, bench).run()
             progress.cell_finished(key.name)
         results.append(result)
-    write_report(results, run.report)
+    if bench.processes.main:
+        write_report(results, run.report)
     return results
 
 

@@ -19,6 +19,7 @@ import torch
 from torch import Tensor, nn
 
 from mbf.run.data import Encoder, pad_left
+from mbf.run.processes import Processes
 from mbf.streams import Task
 
 
@@ -94,7 +95,11 @@ class TestSet:
 
 
 def evaluate(
-    model: nn.Module, tests: TestSet, batch_size: int = 32, watch: Callable[[int, int], None] | None = None
+    model: nn.Module,
+    tests: TestSet,
+    batch_size: int = 32,
+    watch: Callable[[int, int], None] | None = None,
+    processes: Processes | None = None,
 ) -> float:
     """The score of ``model`` on ``tests`` in percent: accuracy, or mean Rouge-L F1 where the metric is ``rougeL``; of
     several references the best counts.
@@ -104,18 +109,28 @@ def evaluate(
         tests: from ``TestSet.of``.
         batch_size: prompts a forward; they are sorted by length, which changes no score.
         watch: called with (rows done, rows in all) after every batch.
+        processes: those that evaluate together, each its share of the batches; the score is the same on all, and that
+            of a single process.
     """
     order = sorted(range(len(tests.prompts)), key=lambda row: len(tests.prompts[row]))
-    points = 0.0
-    with _evaluating(model):
-        for start in range(0, len(order), batch_size):
-            rows = order[start : start + batch_size]
-            predictions = _predict(model, tests, [tests.prompts[row] for row in rows])
-            for row, prediction in zip(rows, predictions, strict=True):
-                points += max(_points(tests.metric, prediction, answer) for answer in tests.references[row])
+    batches = [order[start : start + batch_size] for start in range(0, len(order), batch_size)]
+    rank, size = (processes.rank, processes.size) if processes is not None else (0, 1)
+    sharded = processes is not None and processes.sharded
+    points = torch.zeros(len(order), dtype=torch.float64)
+    with _evaluating(model, inference=not sharded):
+        for turn in range(-(-len(batches) // size)):
+            # A process without a batch of its own repeats the last: a sharded model needs all of them in every forward.
+            number = turn * size + rank
+            rows = batches[min(number, len(batches) - 1)]
+            predictions = _predict(model, tests, [tests.prompts[row] for row in rows], sharded)
+            if number < len(batches):
+                for row, prediction in zip(rows, predictions, strict=True):
+                    points[row] = max(_points(tests.metric, prediction, answer) for answer in tests.references[row])
             if watch is not None:
-                watch(start + len(rows), len(order))
-    return 100.0 * points / len(order)
+                watch(min((turn + 1) * size * batch_size, len(order)), len(order))
+    if processes is not None:
+        points = processes.total(points)
+    return 100.0 * sum(points[order].tolist()) / len(order)
 
 
 def choice_scores(model: nn.Module, prompts: Sequence[Sequence[int]], tree: ChoiceTree, pad: int) -> Tensor:
@@ -175,16 +190,16 @@ def same_answer(prediction: str, reference: str) -> bool:
     return found == wanted
 
 
-def _predict(model: nn.Module, tests: TestSet, prompts: list[list[int]]) -> list[str]:
+def _predict(model: nn.Module, tests: TestSet, prompts: list[list[int]], sharded: bool) -> list[str]:
     if tests.choices is None:
-        return _generate(model, prompts, tests.encoder)
+        return _generate(model, prompts, tests.encoder, sharded)
     scores = choice_scores(model, prompts, tests.choices, tests.encoder.tokenizer.pad_token_id)
     # argmax names no order among equals; a maximum's first place is the first label by any reading.
     best = (scores == scores.max(1, keepdim=True).values).int().argmax(1)
     return [tests.labels[index] for index in best.tolist()]
 
 
-def _generate(model: Any, prompts: list[list[int]], encoder: Encoder) -> list[str]:
+def _generate(model: Any, prompts: list[list[int]], encoder: Encoder, sharded: bool) -> list[str]:
     from transformers import GenerationConfig
 
     tokenizer = encoder.tokenizer
@@ -197,7 +212,8 @@ def _generate(model: Any, prompts: list[list[int]], encoder: Encoder) -> list[st
         pad_token_id=tokenizer.pad_token_id,
         use_cache=True,
     )
-    ids = model.generate(**inputs, generation_config=greedy)[:, inputs["input_ids"].shape[1] :]
+    # Synced: processes that are done go on with forwards that others need.
+    ids = model.generate(**inputs, generation_config=greedy, synced_gpus=sharded)[:, inputs["input_ids"].shape[1] :]
     return [text.strip() for text in tokenizer.batch_decode(ids, skip_special_tokens=True)]
 
 
@@ -206,11 +222,12 @@ def _points(metric: str, prediction: str, answer: str) -> float:
 
 
 @contextmanager
-def _evaluating(model: nn.Module) -> Iterator[None]:
+def _evaluating(model: nn.Module, inference: bool) -> Iterator[None]:
+    """Without gradients; ``inference`` mode would leave gathered parameters that no later training can use."""
     training = model.training
     model.eval()
     try:
-        with torch.inference_mode():
+        with torch.inference_mode() if inference else torch.no_grad():
             yield
     finally:
         model.train(training)

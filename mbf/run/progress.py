@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Protocol
 
 logger = logging.getLogger(__name__)
@@ -39,6 +39,13 @@ class Progress(Protocol):
     def message(self, text: str) -> None:
         """Something worth a line."""
         ...
+
+
+class Silent:
+    """Says nothing: what the other processes of a run tell."""
+
+    def __getattr__(self, name: str) -> Callable[..., None]:
+        return lambda *arguments: None
 
 
 class LogProgress:

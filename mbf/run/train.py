@@ -10,12 +10,14 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from transformers import PrinterCallback, Trainer, TrainerCallback, TrainerControl, TrainerState, TrainingArguments
+from transformers import PrinterCallback, TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
 from mbf.run.checkpoint import TaskCheckpoint, seal
 from mbf.run.config import TrainSection
 from mbf.run.data import Collator
+from mbf.run.processes import Processes
 from mbf.run.progress import Progress
+from mbf.run.trainer import RunTrainer
 
 
 @dataclass(frozen=True)
@@ -44,13 +46,14 @@ def train_task(
     method_state: Callable[[], Mapping[str, Tensor]],
     checkpoint: TaskCheckpoint | None,
     progress: Progress,
+    processes: Processes,
 ) -> Trained:
     """Train whatever of ``model`` requires grad, with AdamW, on the answers of ``examples``.
 
     Args:
         model: a PEFT model; on return it is trained.
         examples: from ``Encoder.examples``.
-        train: sizes and rates.
+        train: sizes and rates; the batch is that of all processes together.
         pad: id of the padding token.
         seed: of the batches and dropout. The same seed gives the same bits, interrupted or not.
         directory: for checkpoints, the newest of which stays.
@@ -58,12 +61,14 @@ def train_task(
         method_state: asked at every checkpoint for what to put beside it.
         checkpoint: where to go on, or None.
         progress: told of every step.
+        processes: those that train together, each with its rows of every batch.
     """
+    several = processes.size > 1
     arguments = TrainingArguments(
         output_dir=str(directory),
         run_name=run_name,
         num_train_epochs=train.epochs,
-        per_device_train_batch_size=train.batch_size,
+        per_device_train_batch_size=train.batch_size // processes.size,
         gradient_accumulation_steps=train.accumulation,
         learning_rate=train.lr,
         lr_scheduler_type=train.schedule,
@@ -82,12 +87,24 @@ def train_task(
         dataloader_pin_memory=torch.accelerator.is_available(),
         remove_unused_columns=False,
         disable_tqdm=True,
+        use_cpu=several and processes.device.type == "cpu",
+        ddp_find_unused_parameters=False if several else None,
     )
-    watch = _Watch(progress, steps_of(len(examples), train), method_state, checkpoint)
-    trainer = Trainer(model, arguments, data_collator=Collator(pad), train_dataset=examples, callbacks=[watch])
+    watch = _Watch(progress, steps_of(len(examples), train), method_state, checkpoint, processes, seed)
+    trainer = RunTrainer(
+        model,
+        arguments,
+        processes=processes,
+        rows=examples,
+        batch_size=train.batch_size,
+        padding={"prompt": [pad], "answer": []},
+        data_collator=Collator(pad),
+        callbacks=[watch],
+    )
     trainer.remove_callback(PrinterCallback)
     trainer.train(resume_from_checkpoint=str(checkpoint.path) if checkpoint else None)
-    return Trained(watch.seconds, int(trainer.state.num_input_tokens_seen))
+    tokens = train.epochs * sum(len(example["prompt"]) + len(example["answer"]) for example in examples)
+    return Trained(watch.seconds, tokens)
 
 
 class _Watch(TrainerCallback):
@@ -99,7 +116,11 @@ class _Watch(TrainerCallback):
         steps: int,
         method_state: Callable[[], Mapping[str, Tensor]],
         checkpoint: TaskCheckpoint | None,
+        processes: Processes,
+        seed: int,
     ) -> None:
+        self.processes = processes
+        self.seed = seed
         self.progress = progress
         self.steps = steps
         self.method_state = method_state
@@ -116,6 +137,8 @@ class _Watch(TrainerCallback):
     ) -> None:
         self.first_tokens = int(state.num_input_tokens_seen)
         self.began = time.perf_counter()
+        if self.processes.rank:  # another process, other rows: dropout masks of its own
+            torch.manual_seed(self.seed + 1_000_003 * self.processes.rank)
 
     def on_log(
         self,
@@ -134,4 +157,7 @@ class _Watch(TrainerCallback):
 
     def on_save(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
         path = Path(str(args.output_dir)) / f"checkpoint-{state.global_step}"
-        seal(path, state.global_step, self.seconds, self.method_state())
+        self.processes.wait()  # each has written its random state
+        if self.processes.main:
+            seal(path, state.global_step, self.seconds, self.method_state())
+        self.processes.wait()

@@ -6,7 +6,6 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from accelerate import PartialState
 from torch import nn
 
 from mbf.run.config import ConfigError, RunConfig
@@ -14,6 +13,7 @@ from mbf.run.data import Encoder
 from mbf.run.directory import read_json, write_json
 from mbf.run.evaluate import TestSet, evaluate
 from mbf.run.model import load_model
+from mbf.run.processes import Processes
 from mbf.run.progress import Progress
 from mbf.streams import Stream, load_stream
 
@@ -22,14 +22,21 @@ class Workbench:
     """Loads stream and model, and checks against them what the configuration alone could not show.
 
     Raises:
-        ConfigError: an order that the stream has not, or target modules that the model has not.
+        ConfigError: an order that the stream has not, target modules that the model has not, or a batch that the
+            processes cannot share.
         mbf.streams.StreamError, ValueError: from loading them.
     """
 
-    def __init__(self, config: RunConfig, progress: Progress) -> None:
+    def __init__(self, config: RunConfig, progress: Progress, processes: Processes) -> None:
         self.config = config
         self.progress = progress
-        self.device = PartialState().device
+        self.processes = processes
+        self.device = processes.device
+        if config.train.batch_size % processes.size:
+            raise ConfigError(
+                f"train.batch_size: {config.train.batch_size} rows, the batch of all processes together, cannot be "
+                f"shared evenly by {processes.size}; choose a multiple of {processes.size}, or other processes"
+            )
         self.stream: Stream = load_stream(config.stream, train_rows=config.train.rows, test_rows=config.eval.rows)
         for order in config.orders:
             if order not in self.stream.orders:
@@ -55,13 +62,14 @@ class Workbench:
 
     def zero_shot(self, model: nn.Module, path: Path) -> dict[str, float]:
         """Scores of the untouched ``model`` by task, kept at ``path``; none where only seen tasks are evaluated."""
-        scores: dict[str, float] = read_json(path) or {}
+        scores: dict[str, float] = self.processes.on_main(lambda: read_json(path) or {})
         if self.config.eval.every == "seen":
             return scores
         for task in self.stream.tasks:
             if task not in scores:
                 scores[task] = self.score(model, "zero-shot", None, task)
-                write_json(path, scores)
+                if self.processes.main:
+                    write_json(path, scores)
         return scores
 
     def score(self, model: nn.Module, cell: str, after: str | None, task: str) -> float:
@@ -70,7 +78,7 @@ class Workbench:
         def watch(done: int, total: int) -> None:
             self.progress.evaluating(cell, after, task, done, total)
 
-        score = evaluate(model, self.tests[task], self.config.eval.batch_size, watch)
+        score = evaluate(model, self.tests[task], self.config.eval.batch_size, watch, self.processes)
         self.progress.scored(cell, after, task, score)
         return score
 

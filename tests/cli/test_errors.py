@@ -86,7 +86,7 @@ def test_wrong_usage_names_the_option(mbf, arguments: list[str], part: str) -> N
 def failing(error: BaseException):
     """A run that began in its directory and then met ``error``."""
 
-    def run(config, progress):
+    def run(config, progress, sharded):
         config.output.mkdir()
         (config.output / "run.json").touch()
         raise error

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import shutil
 import signal
 import subprocess
@@ -107,3 +108,52 @@ def test_merge_is_the_closed_form(mbf, finished, tmp_path: Path) -> None:
         wanted = first[name].lerp(second[name], 0.25) if "lora_B" in name else second[name]
         assert tensor.allclose(wanted, atol=1e-6), name
         assert not first[name].equal(second[name])
+
+
+def test_nproc_is_refused_where_a_launcher_was_there_before(stream: Path, tmp_path: Path, monkeypatch) -> None:
+    monkeypatch.setenv("WORLD_SIZE", "4")
+    result = CliRunner().invoke(app, ["run", str(stream), "--output", str(tmp_path / "run"), "--nproc", "2"])
+    assert result.exit_code == 2
+    assert "--nproc 2: a launcher has started this process as one of several already (WORLD_SIZE is 4)" in result.stderr
+    assert not (tmp_path / "run").exists()
+
+
+@pytest.mark.parametrize(
+    ("failure", "code", "line"),
+    [(0, 0, None), (3, 3, None), (-9, 1, "mbf: process 1 of 2 was ended by SIGKILL"), (None, 130, "mbf: interrupted")],
+)
+def test_what_nproc_starts_and_reports(stream: Path, tmp_path: Path, monkeypatch, failure, code: int, line) -> None:
+    """The processes report for themselves; one that was killed cannot. ``None``: Ctrl-C."""
+    from torch.distributed.elastic.multiprocessing.api import SignalException
+    from torch.distributed.elastic.multiprocessing.errors import ChildFailedError, ProcessFailure
+    from torch.distributed.launcher import api
+
+    started = []
+
+    def engine(config, program):
+        def go(*words):
+            started.append((config.nproc_per_node, program, words))
+            (tmp_path / "run").mkdir()
+            (tmp_path / "run" / "run.json").touch()
+            if failure is None:
+                raise SignalException("stopped", signal.SIGINT)
+            if failure:
+                raise ChildFailedError("mbf", {1: ProcessFailure(local_rank=1, pid=1, exitcode=failure, error_file="")})
+
+        return go
+
+    monkeypatch.setattr(api, "elastic_launch", engine)
+    monkeypatch.delenv("OMP_NUM_THREADS", raising=False)
+    monkeypatch.setenv("RANK", "0")
+    arguments = ["run", str(stream), "--output", str(tmp_path / "run"), "--nproc", "2", "--sharded", "--seed", "0,1"]
+    result = CliRunner().invoke(app, [*arguments, "--set", "train.lr=0.5"])
+    assert result.exit_code == code, result.output
+    ((count, program, words),) = started
+    assert (count, program, words[:3]) == (2, sys.executable, ("-m", "mbf", "run"))
+    assert words[3:5] == (str(stream), "--sharded") and words[-2:] == ("--set", "train.lr=0.5")
+    assert "seeds=[0, 1]" in words and f'output="{tmp_path / "run"}"' in words
+    assert int(os.environ["OMP_NUM_THREADS"]) >= 1
+    if line is not None:
+        assert result.stderr.splitlines() == [line, f"mbf: go on with: mbf resume {tmp_path / 'run'}"]
+    else:
+        assert result.stderr == ""

@@ -9,9 +9,11 @@ from pathlib import Path
 from types import ModuleType
 
 import pytest
+import typer
 import yaml
 
 from mbf import methods
+from mbf.cli.app import app
 from mbf.continual import ContinualLora
 from mbf.methods import base
 from mbf.run.config import RunConfig, parse_config
@@ -106,6 +108,23 @@ def test_the_reference_has_all_that_is_public() -> None:
     operators = {name for name in mbf.ops.__all__ if not name.rstrip("_").endswith("_ref")}
     registry = {"available", "get", "register", "Method"}
     assert (public | operators | registry) - documented == set()
+
+
+def options_of(command: str) -> set[str]:
+    group = typer.main.get_command(app)
+    assert isinstance(group, typer.core.TyperGroup)
+    return {name for option in group.commands[command].params for name in option.opts if name.startswith("--")}
+
+
+@pytest.mark.parametrize("command", ["run", "resume", "report", "merge", "bench", "doctor", "methods", "fetch"])
+def test_options_of_the_commands_are_those_listed(command: str) -> None:
+    text = (ROOT / "docs" / "runs.md").read_text(encoding="utf-8")
+    if command == "run":
+        rows = text.split("| option of `mbf run` |")[1].split("\n\n")[0].splitlines()
+    else:
+        rows = [row for row in text.splitlines() if row.startswith("| `mbf") and f"`mbf {command}" in row]
+    listed = {option for row in rows for option in re.findall(r"`(--[\w-]+)", row)}
+    assert listed == options_of(command) - {"--help"}
 
 
 def test_the_defaults_of_a_run_are_as_shown() -> None:

@@ -4,11 +4,12 @@ from __future__ import annotations
 
 import re
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from types import ModuleType
 
 import pytest
+import torch.distributed as dist
 import typer
 import yaml
 
@@ -26,8 +27,8 @@ WITH_BLOCKS = [page for page in pages() if blocks(page)]
 
 
 @pytest.fixture
-def page_runs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Callable[[Path], None]:
-    """Check all blocks of a page, in an empty folder; methods that it registers are forgotten afterwards."""
+def page_runs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Callable[[Path], None]]:
+    """Check all blocks of a page, in an empty folder; methods and process groups that it makes end with it."""
     monkeypatch.chdir(tmp_path)
     monkeypatch.setattr(base, "_METHODS", dict(base._METHODS))
 
@@ -41,7 +42,9 @@ def page_runs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Callable[[Path
         for block in blocks(page):
             check(block, namespace)
 
-    return run
+    yield run
+    if dist.is_initialized():
+        dist.destroy_process_group()
 
 
 @pytest.mark.parametrize("page", WITH_BLOCKS, ids=name_of)

@@ -8,6 +8,8 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor
 
+from mbf.methods import Factors
+
 if TYPE_CHECKING:
     from mbf.continual.learner import ContinualLora
 
@@ -57,11 +59,10 @@ def _check_can_shard(learner: ContinualLora, name: str, i: int) -> None:
         )
 
 
-def check_same(learner: ContinualLora, what: str) -> None:
-    """Raise TaskError, on all processes alike, unless all of them hold the same A and B."""
+def check_same(learner: ContinualLora, factors: Factors, what: str) -> None:
+    """Raise TaskError, on all processes alike, unless all of them hold the same ``factors`` of the adapter."""
     if learner.replicas.size == 1:
         return
-    factors = learner.method.current
     apart = learner.replicas.differing([t for pair in zip(factors.A, factors.B, strict=True) for t in pair])
     if apart:
         index, rank = apart[0]
@@ -73,9 +74,8 @@ def check_same(learner: ContinualLora, what: str) -> None:
         )
 
 
-def check_finite(learner: ContinualLora, what: str) -> None:
-    """Raise NonFiniteAdapterError if A or B of a layer has inf or NaN."""
-    factors = learner.method.current
+def check_finite(learner: ContinualLora, factors: Factors, what: str) -> None:
+    """Raise NonFiniteAdapterError if A or B of a layer has inf or NaN in ``factors``, those of the adapter."""
     bad = [
         f"{layer.name} ({' and '.join(names)})"
         for layer, A, B in zip(learner.layers, factors.A, factors.B, strict=True)

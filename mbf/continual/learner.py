@@ -207,8 +207,10 @@ class ContinualLora:
         active = self._require_active("end_task")
         reshard(self.model)
         try:
-            check_same(self, f"task {active.index} {active.name!r} left")
-            check_finite(self, f"task {active.index} {active.name!r} left")
+            trained, what = self.method.current, f"task {active.index} {active.name!r} left"
+            check_same(self, trained, what)
+            check_finite(self, trained, what)
+            del trained
             if not active.hooks.steps:
                 warnings.warn(
                     f"task {active.index} {active.name!r}: no optimiser step reached the adapter. If it was trained, "
@@ -220,7 +222,7 @@ class ContinualLora:
             with torch.no_grad(), self.replicas.same_randomness(self._device):
                 self.method.after_task(active.index, data)
             self._share()
-            check_finite(self, f"merging task {active.index} {active.name!r} gave")
+            check_finite(self, self.method.current, f"merging task {active.index} {active.name!r} gave")
         except BaseException:
             self.abandon_task()
             raise
@@ -332,7 +334,7 @@ class ContinualLora:
         self.replicas.share([*tensors, *self.method.state_tensors()], self._device)
 
     def _adopt(self, name: str) -> None:
-        check_finite(self, "the adapter given as already trained has")
+        check_finite(self, self.method.current, "the adapter given as already trained has")
         self.method.merged = self.method.current.clone()
         with torch.no_grad(), self.replicas.same_randomness(self._device):
             self.method.after_task(1, None)

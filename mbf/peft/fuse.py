@@ -1,4 +1,8 @@
-"""``fuse``, ``unfuse`` and ``fused``: swap the class of PEFT's LoRA layers and back, and of the modules around them."""
+"""``fuse``, ``unfuse`` and ``fused``: swap the class of PEFT's LoRA layers and back, and of the modules around them.
+
+A PeftModel's ``LoraModel`` is swapped, too, so that layers that come with later adapters are fused, and a base that is
+unloaded has no class of mbf left in it.
+"""
 
 from __future__ import annotations
 
@@ -8,6 +12,7 @@ from dataclasses import replace
 from typing import Any, Literal
 
 from peft.tuners.lora.layer import LoraLayer, MultiheadAttention
+from peft.tuners.lora.model import LoraModel
 from peft.tuners.tuners_utils import BaseTunerLayer
 from torch import nn
 
@@ -33,7 +38,8 @@ def fuse(model: nn.Module, *, strict: bool = False, memory: Memory = "default") 
     Each eligible ``peft.tuners.lora.layer.Linear`` becomes a ``FusedLinear``; parameters, state-dict keys and saved
     files stay as they are. The model may be a PeftModel, a model with injected adapters, or contain either. Layers that
     are fused already stay so. On a quantised base (bitsandbytes in 4 and 8 bits, torchao, HQQ, GPTQ, AWQ, AQLM) the
-    base layer runs as it is, and the branch is added to its output by ``mbf.ops.lora_accumulate``.
+    base layer runs as it is, and the branch is added to its output by ``mbf.ops.lora_accumulate``. In a
+    PeftModel, layers that ``add_adapter`` or ``load_adapter`` make later are fused as they are made.
 
     In Llama, Mistral, Qwen2, Qwen3, Gemma, Gemma2, Gemma3 and SmolLM3, fused layers are computed in groups: those of
     q, k and v of one attention block together, as they read the same x, and an MLP whose three layers are fused as a
@@ -64,26 +70,15 @@ def fuse(model: nn.Module, *, strict: bool = False, memory: Memory = "default") 
     layers = _lora_layers(model)
     if not layers:
         raise ValueError(NOT_PEFT)
-    inside_attention = {
-        id(m) for layer in layers.values() if isinstance(layer, MultiheadAttention) for m in layer.base_layer.modules()
-    }
-    declined: dict[str, str] = {}
-    for name, layer in layers.items():
-        reason = layer_reason(layer, fused_class(type(layer)))
-        if id(layer) in inside_attention:
-            reason = "MultiheadAttention merges it into the weight and never calls it"
-        if reason is not None:
-            declined[name] = reason
-    report = FuseReport(tuple(name for name in layers if name not in declined), declined)
-    if strict and declined:
+    report = _report(layers)
+    if strict and report.declined:
         raise ValueError(f"{report}\nnothing was changed; fuse(model) without strict=True leaves these layers to PEFT")
-    for name in report.fused:
-        layers[name].__class__ = fused_class(type(layers[name]))
-        layers[name].__dict__.pop("_borrowed", None)
-    frozen = _others(model) if report.fused else {}
-    for layer in frozen.values():
-        layer.__class__ = FrozenLinear
-    return replace(_group(model, report, memory), frozen=tuple(frozen))
+    if report.fused:
+        for module in model.modules():
+            if type(module) in (LoraModel, FusedLoraModel):
+                module.__class__ = FusedLoraModel
+                module.__dict__["_memory"] = memory
+    return _swap(model, layers, report, memory)
 
 
 def unfuse(model: nn.Module) -> None:
@@ -96,23 +91,27 @@ def unfuse(model: nn.Module) -> None:
             _ungroup(module)
         elif type(module) is FrozenLinear:
             _thaw(module)
+        elif type(module) is FusedLoraModel:
+            module.release()
 
 
 @contextmanager
 def fused(model: nn.Module, *, strict: bool = False, memory: Memory = "default") -> Iterator[FuseReport]:
     """``fuse`` for the length of a block; what was fused and grouped before it is so again after it."""
-    before = {
-        id(layer) for layer in _lora_layers(model).values() if isinstance(layer, FusedForward) and not layer._borrowed
-    }
+    before = {id(layer): layer for layer in _fused_layers(model)}
     plain = [module for module in model.modules() if type(module) is nn.Linear]
+    tuners = [module for module in model.modules() if type(module) is LoraModel]
     around = [(module, type(module), module.__dict__.get("_recompute")) for module in _around(model).values()]
     report = fuse(model, strict=strict, memory=memory)
-    swapped = [layer for name, layer in _lora_layers(model).items() if name in report.fused and id(layer) not in before]
     try:
         yield report
     finally:
-        for layer in swapped:
-            layer.release()
+        for layer in _fused_layers(model):
+            if id(layer) not in before:
+                layer.release()
+        for tuner in tuners:
+            if type(tuner) is FusedLoraModel:
+                tuner.release()
         for module in plain:
             if type(module) is FrozenLinear:
                 _thaw(module)
@@ -121,6 +120,72 @@ def fused(model: nn.Module, *, strict: bool = False, memory: Memory = "default")
             outer.__dict__.pop("_recompute", None)
             if recompute is not None:
                 outer.__dict__["_recompute"] = recompute
+
+
+class FusedLoraModel(LoraModel):
+    """A PeftModel's ``LoraModel`` whose later layers are fused, and whose base is given back as it was.
+
+    ``fuse`` sets the class of a built ``LoraModel`` to this one and ``unfuse`` sets it back.
+    """
+
+    _memory: Memory = "default"
+
+    def inject_adapter(self, model: nn.Module, *args: Any, **kwargs: Any) -> None:
+        """As ``LoraModel.inject_adapter``; then the layers that are new are fused where they can be."""
+        known = {id(layer): layer for layer in _lora_layers(self).values()}
+        super().inject_adapter(model, *args, **kwargs)
+        layers = {name: layer for name, layer in _lora_layers(self).items() if id(layer) not in known}
+        if layers:
+            _swap(self, layers, _report(layers), self._memory)
+
+    def merge_and_unload(self, *args: Any, **kwargs: Any) -> Any:
+        """As ``LoraModel.merge_and_unload``, without a class of mbf in what is left."""
+        unfuse(self)
+        return LoraModel.merge_and_unload(self, *args, **kwargs)
+
+    def unload(self) -> Any:
+        """As ``LoraModel.unload``, without a class of mbf in what is left."""
+        unfuse(self)
+        return LoraModel.unload(self)
+
+    def release(self) -> None:
+        """Be PEFT's ``LoraModel`` again."""
+        self.__dict__.pop("_memory", None)
+        self.__class__ = LoraModel  # type: ignore[assignment]
+
+    def _get_name(self) -> str:
+        return LoraModel.__name__
+
+
+def _report(layers: dict[str, Any]) -> FuseReport:
+    """Which of the layers are to be fused, and why the others are not."""
+    inside_attention = {
+        id(m) for layer in layers.values() if isinstance(layer, MultiheadAttention) for m in layer.base_layer.modules()
+    }
+    declined: dict[str, str] = {}
+    for name, layer in layers.items():
+        reason = layer_reason(layer, fused_class(type(layer)))
+        if id(layer) in inside_attention:
+            reason = "MultiheadAttention merges it into the weight and never calls it"
+        if reason is not None:
+            declined[name] = reason
+    return FuseReport(tuple(name for name in layers if name not in declined), declined)
+
+
+def _swap(model: nn.Module, layers: dict[str, Any], report: FuseReport, memory: Memory) -> FuseReport:
+    """Swap the classes of the layers that the report names as fused, and of those around them; returns these, too."""
+    for name in report.fused:
+        layers[name].__class__ = fused_class(type(layers[name]))
+        layers[name].__dict__.pop("_borrowed", None)
+    frozen = _others(model) if report.fused else {}
+    for layer in frozen.values():
+        layer.__class__ = FrozenLinear
+    return replace(_group(model, report, memory), frozen=tuple(frozen))
+
+
+def _fused_layers(model: nn.Module) -> list[Any]:
+    """The layers that ``fuse`` swapped, which a route alone does not."""
+    return [layer for layer in _lora_layers(model).values() if isinstance(layer, FusedForward) and not layer._borrowed]
 
 
 def _lora_layers(model: nn.Module) -> dict[str, Any]:

@@ -8,7 +8,7 @@ from typing import Any
 
 import pytest
 import torch
-from peft import LoraConfig, PeftModel, get_peft_model
+from peft import LoraConfig, PeftModel, get_peft_model, inject_adapter_in_model
 from peft.tuners.lora.layer import Linear
 from peft.utils.hotswap import hotswap_adapter, prepare_model_for_compiled_hotswap
 from torch import nn
@@ -128,10 +128,10 @@ def test_fuse_twice_and_undo() -> None:
     unfuse(model)
 
 
-def test_a_later_layer_is_fused_by_a_second_call() -> None:
-    model = llama(target_modules=["q_proj"])
+def test_a_later_layer_of_injected_adapters_is_fused_by_a_second_call() -> None:
+    model = inject_adapter_in_model(LoraConfig(r=2, target_modules=["q_proj"]), base_model())
     assert len(fuse(model).fused) == 2
-    model.add_adapter("second", LoraConfig(r=2, target_modules=["v_proj"]))
+    inject_adapter_in_model(LoraConfig(r=2, target_modules=["v_proj"]), model, adapter_name="second")
     assert kinds(model).count(Linear) == 2
     assert len(fuse(model).fused) == 4
 

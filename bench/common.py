@@ -92,7 +92,7 @@ def script_parser(description: str | None, row: str, budget: float) -> argparse.
     parser.add_argument(
         "--p", action="append", type=float, help="dropout probability; may be repeated (default: 0, 0.1)"
     )
-    parser.add_argument("--compile", action="store_true", help=f"with torch.compile of PEFT, about a minute a {row}")
+    parser.add_argument("--compile", action="store_true", help=f"with torch.compile, about a minute a {row}")
     return parser
 
 

@@ -5,13 +5,14 @@ projections, 4x256 tokens; by default four layers and a small vocabulary, ``--la
 model, with random weights. A step is zero_grad, forward with labels, backward and AdamW on the adapter.
 Peers, on the same frozen weights: ``frozen``, the model without adapter, the floor; ``peft``; ``peft-nocast``, the same
 with ``autocast_adapter_dtype=False`` (bf16 only); ``peft-compiled`` with ``--compile``; ``mbf``, PEFT's model after
-``mbf.fuse``; ``mbf-low`` with ``--memory low``, after ``mbf.fuse(model, memory="low")``. In all of them the embeddings'
-output requires a gradient, so dX is computed in every layer.
+``mbf.fuse``; ``mbf-low`` with ``--memory low``, after ``mbf.fuse(model, memory="low")``; ``mbf-compiled`` with
+``--compile``, the fused model compiled likewise. In all of them the embeddings' output requires a gradient, so dX is
+computed in every layer.
 Run: ``python bench/llama_step.py``.
 
 ``over frozen`` is the ratio of medians, ``vs PEFT`` PEFT's median over the variant's (more is faster), ``saved MB``
 what autograd keeps for backward, parameters not counted. Before a model is timed, its loss and every gradient of the
-adapter are held against fp64, with and without dropout.
+adapter are held against fp64, with and without dropout; a compiled one without, as inductor draws masks of its own.
 """
 
 from __future__ import annotations
@@ -116,6 +117,8 @@ def build(base: Any, case: Case, low: bool, compiled: bool) -> dict[str, Any]:
     variants["mbf"] = fused(base, case.p)
     if low:
         variants["mbf-low"] = fused(base, case.p, memory="low")
+    if compiled:
+        variants["mbf-compiled"] = torch.compile(fused(base, case.p), dynamic=False)
     return variants
 
 
@@ -130,7 +133,8 @@ def gradients(model: Any, ids: Tensor) -> dict[str, Tensor]:
     """The loss and the adapter's gradients, with the dropout masks of one seed."""
     torch.manual_seed(2)
     loss = loss_of(model, ids)
-    trained = {name: parameter for name, parameter in model.named_parameters() if parameter.requires_grad}
+    named = {name.removeprefix("_orig_mod."): parameter for name, parameter in model.named_parameters()}
+    trained = {name: parameter for name, parameter in named.items() if parameter.requires_grad}
     return {"loss": loss.detach()} | dict(zip(trained, torch.autograd.grad(loss, [*trained.values()]), strict=True))
 
 
@@ -163,6 +167,17 @@ def wrong(model: Any, stock: Any, ids: Tensor, p: float, eps: float) -> list[str
             found.append("nothing is dropped")
     if calls["slow"] != before["slow"] or calls["fast"] == before["fast"]:
         found.append("layers were left to PEFT")
+    return found
+
+
+def wrong_compiled(model: Any, stock: Any, ids: Tensor, eps: float) -> list[str]:
+    """What of a compiled model's loss and gradients is off without dropout."""
+    set_dropout(model, False)
+    set_dropout(stock, False)
+    plain, exact = gradients(stock, ids), gradients(copy.deepcopy(stock).double(), ids)
+    found = failures(gradients(model, ids), plain, exact, eps)
+    set_dropout(model, True)
+    set_dropout(stock, True)
     return found
 
 
@@ -224,6 +239,9 @@ def measure(case: Case, args: argparse.Namespace) -> Result | list[str]:
         if name in variants
         for what in wrong(variants[name], variants["peft"], ids, case.p, eps)
     ]
+    if args.compile:
+        compiled = wrong_compiled(variants["mbf-compiled"], variants["peft"], ids, eps)
+        found += [f"mbf-compiled: {what}" for what in compiled]
     if found:
         return found
     torch.seed()

@@ -7,7 +7,8 @@ import pytest
 import mbf
 
 from .outcomes import check
-from .states import CASES, State
+from .states import CASES, DECLINED, FUSED, STATES, State
+from .states_page import PAGE, written
 
 
 def name(value: State | str) -> str:
@@ -22,3 +23,13 @@ def test_a_state(state: State, dtype: str, backend: str) -> None:
     else:
         with mbf.use_backend("reference"):
             check(state, dtype)
+
+
+def test_no_state_is_listed_twice() -> None:
+    assert len(STATES) == len(FUSED) + len(DECLINED)
+    assert all(state.fused for state in FUSED) and not any(state.fused for state in DECLINED)
+
+
+def test_the_page_has_the_table() -> None:
+    page = PAGE.read_text(encoding="utf-8")
+    assert written(page) == page, "python -m tests.peft.states_page writes it anew"

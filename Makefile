@@ -59,7 +59,7 @@ wheel-check: wheel ## use the wheel and the sdist in clean environments: two Pyt
 
 # Material prints an advertisement against a later MkDocs unless told not to.
 docs: $(done)/docs ## the documentation, in site/; a warning is an error
-	NO_MKDOCS_2_WARNING=1 $(bin)/mkdocs build --strict --quiet
+	NO_MKDOCS_2_WARNING=1 $(bin)/mkdocs build --strict
 	@echo "site/index.html"
 
 docs-serve: $(done)/docs ## the documentation on http://127.0.0.1:8000, built anew at each change

@@ -60,7 +60,8 @@ def init_pissa_(
     Args:
         model: a PeftModel, a model with injected adapters, or a module that contains one; fused or not.
         adapter: the adapter's name; it must be the only one.
-        n_iter, oversample: accuracy of the randomised SVD, see ``mbf.ops.rsvd``.
+        n_iter: power iterations of the randomised SVD, see ``mbf.ops.rsvd``.
+        oversample: rows that its sketch has beyond r.
         exact: take a full SVD of each W instead, as PEFT's "pissa" does, which is much slower.
         generator: source of the sketches' seeds, on the weights' device; default: torch's own.
         force: begin anew with an adapter whose B is not zero: what it has learnt becomes part of W first, W + s B A is

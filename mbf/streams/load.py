@@ -30,8 +30,9 @@ def load_stream(
         spec: the name of a packaged stream (see ``mbf.streams.packaged``); a folder
             ``<root>/<task>/<split>.<format>`` with jsonl, csv, parquet or the SAPT layout; a YAML file, a dict or a
             ``StreamSpec``.
-        train_rows, test_rows: at most so many rows a task. Packaged streams draw them class-balanced and have a size
+        train_rows: at most so many training rows a task. Packaged streams draw them class-balanced and have a size
             that suits them by default; of one's own data all rows are taken by default.
+        test_rows: likewise.
         seed: of that draw; the same seed gives the same rows, whatever else is drawn elsewhere.
         cache: the cache's folder; default ``$MBF_CACHE`` or ``~/.cache/mbf``.
         progress: called with (what, done, total) while packages are fetched.

@@ -100,7 +100,8 @@ def on_codes(kind: str, base: nn.Module, config: LoraConfig) -> Any:
     from peft.tuners.lora.gptq import GPTQLoraLinear
 
     classes: dict[str, type] = {"gptq": GPTQLoraLinear, "awq": AwqLoraLinear, "aqlm": AqlmLoraLinear}
-    return classes[kind](base, "default", config=config, r=config.r, lora_alpha=config.lora_alpha)
+    options = {"lora_dropout": config.lora_dropout}  # which PEFT 0.18 does not take from the configuration
+    return classes[kind](base, "default", config=config, r=config.r, lora_alpha=config.lora_alpha, **options)
 
 
 def config(**options: Any) -> LoraConfig:

@@ -4,6 +4,7 @@ VENV ?= .venv
 RUN ?= quickstart --method slao,seqlora
 PYTEST ?= -n 2 --dist loadfile
 BENCH ?= bench/*.py
+PEFT_SUITE ?=
 
 # The first Python that is new enough and can make virtual environments; `make PYTHON=/path/to/python3` overrides.
 PYTHON ?= $(shell for p in python3 python3.11 python3.12 python3.13 python3.14 python3.10; do \
@@ -16,7 +17,7 @@ native := setup.py csrc/ops.cpp csrc/portable.cpp csrc/portable.map $(shell find
 export HF_HUB_DISABLE_TELEMETRY := 1
 
 .DEFAULT_GOAL := help
-.PHONY: help run test lint emulation wheel wheel-check bench docs docs-serve clean
+.PHONY: help run test peft-suite lint emulation wheel wheel-check bench docs docs-serve clean
 .DELETE_ON_ERROR:
 .NOTPARALLEL:
 
@@ -26,6 +27,7 @@ help: ## show this list
 	@echo
 	@echo '  make run RUN="real-5 --method slao,seqlora --seed 0"    another run; see mbf run --help'
 	@echo '  make test PYTEST="-x tests/ops"                         other arguments for pytest'
+	@echo '  make peft-suite PEFT_SUITE="--peft-version 0.18.1"       another PEFT'
 	@echo '  make PYTHON=/usr/bin/python3.12 run                     another Python (3.10 or newer)'
 
 run: $(done)/run $(done)/native ## install what a run needs, then learn RUN (default: the quickstart) and write its report
@@ -33,6 +35,9 @@ run: $(done)/run $(done)/native ## install what a run needs, then learn RUN (def
 
 test: $(done)/test $(done)/native ## the test suite
 	$(bin)/python -m pytest $(PYTEST)
+
+peft-suite: $(done)/test $(done)/native ## PEFT's own LoRA tests with the fused layer in place of PEFT's
+	$(bin)/python -m tests.peft_suite $(PEFT_SUITE)
 
 lint: $(done)/dev ## ruff, mypy and clang-format
 	$(bin)/ruff check --extend-exclude build .

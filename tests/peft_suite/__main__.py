@@ -66,8 +66,7 @@ def report(version: str, result: Result) -> None:
     total = result.counts("")
     for selection in SELECTIONS:
         counts = result.counts(selection.name)
-        if counts:
-            table.add_row(selection.name, *(f"{counts[column]:,}" for column in COLUMNS))
+        table.add_row(selection.name, *(f"{counts[column]:,}" if counts else "–" for column in COLUMNS))
         total += counts
     table.add_section()
     table.add_row("all", *(f"{total[column]:,}" for column in COLUMNS))
@@ -75,7 +74,7 @@ def report(version: str, result: Result) -> None:
     for title, names in (("stock PEFT fails too", sorted(result.stock_fails)), ("fails with mbf only", result.broken)):
         for name in names:
             console.print(
-                f"{title}: {name}: {result.tests[name].reason.splitlines()[:1]}", markup=False, soft_wrap=True
+                f"{title}: {name}: {result.tests[name].reason.partition(chr(10))[0]}", markup=False, soft_wrap=True
             )
 
 

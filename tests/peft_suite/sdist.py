@@ -1,4 +1,4 @@
-"""PEFT's sdist of one version from the package index into the cache, verified; its tests unpacked; packages beside it."""
+"""PEFT's sdist from the package index into the cache, verified; its tests unpacked; packages beside them."""
 
 from __future__ import annotations
 
@@ -48,13 +48,19 @@ def peft_tests(version: str, *, cache: str | Path | None = None, progress: Progr
 
 
 def unpack(archive: Path, folder: Path) -> None:
-    """The files of ``<sdist>/tests`` into ``folder/tests``; links, devices and paths that lead out of it are refused."""
+    """The files of ``<sdist>/tests`` into ``folder/tests``.
+
+    Raises:
+        FetchError: one of them is no ordinary file or leads out of the folder.
+    """
     with tarfile.open(archive) as tar:
         for member in tar.getmembers():
             _, _, inside = member.name.partition("/")
             if inside.startswith("tests/") and not member.isdir():
-                if not member.isfile():
-                    raise FetchError(f"{archive.name}: {member.name} is not an ordinary file; nothing of it is run")
+                if not member.isfile() or ".." in Path(inside).parts:
+                    raise FetchError(
+                        f"{archive.name}: {member.name} is no ordinary file of tests/; nothing of it is run"
+                    )
                 tar.extract(member.replace(name=inside), folder, filter="data")
 
 

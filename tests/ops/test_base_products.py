@@ -9,6 +9,7 @@ import os
 import subprocess
 import sys
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -84,6 +85,28 @@ def test_as_accurate_as_blas(rows: int, size: int) -> None:
     exact = x.double() @ weight.double().t()
     error, blas = ((value.double() - exact).norm() / exact.norm() for value in (y, x @ weight.t()))
     assert error < (1.5 if OWN in KERNELS else 1.2) * blas < 1e-6
+
+
+@pytest.mark.parametrize("rows", [64, 300])
+@pytest.mark.parametrize("size", [96, 384, 1000])
+def test_the_base_is_not_rounded_at_the_size_of_a_larger_branch(rows: int, size: int) -> None:
+    """As where CorDA or PiSSA has put the most of W into the adapter: what is left of the base is small."""
+    A, B, x = torch.rand(4, size) / size, torch.rand(size, 4), torch.rand(rows, size)
+    weight = torch.randn(size, size) * size**-0.5 * 0.1
+
+    def found(product: Any, dtype: torch.dtype) -> list[Tensor]:
+        here = x.to(dtype).requires_grad_()
+        y = product(here, weight.to(dtype), A.to(dtype), B.to(dtype))
+        return [y, *torch.autograd.grad(y, here, x.to(dtype))]
+
+    def as_peft(x: Tensor, weight: Tensor, A: Tensor, B: Tensor) -> Tensor:
+        return x @ weight.T + x @ A.T @ B.T
+
+    for got, stock, exact in zip(
+        *(found(*case) for case in ((lora_linear, torch.float32), (as_peft, torch.float32), (as_peft, torch.float64))),
+        strict=True,
+    ):
+        assert (got - exact).norm() <= 1.5 * (stock - exact).norm()
 
 
 @only_with("AMX")

@@ -62,8 +62,22 @@ __attribute__((noinline)) void gemm_tile(const float* left, int64_t ldl, const f
     }
   }
   const char* next = reinterpret_cast<const char*>(left + R * ldl);
-  // A long sum rounds at its own size; in two, the error is that of the BLAS.
-  Vec<float> first[R][kGemmVectors];
+  // A sum rounds at its own size, which a branch may exceed by far, and so may the half of a long sum that is done; in
+  // parts, the error is that of the BLAS.
+  Vec<float> before[R][kGemmVectors];
+  bool apart = false;
+  const auto set_apart = [&]() __attribute__((always_inline)) {
+    MBF_UNROLL
+    for (int t = 0; t < R; ++t) {
+      MBF_UNROLL
+      for (int n = 0; n < kGemmVectors; ++n) {
+        before[t][n] = apart ? before[t][n] + s[t][n] : s[t][n];
+        s[t][n] = Vec<float>{};
+      }
+    }
+    apart = true;
+  };
+  if (start.r > 0 || start.bias != nullptr) set_apart();
   const int64_t middle = depth > kGemmSum ? depth / 2 : 0;
   for (int64_t k = 0, end = middle > 0 ? middle : depth; k < depth; end = depth) {
     _Pragma("GCC unroll 1") for (; k < end; ++k) {
@@ -71,19 +85,12 @@ __attribute__((noinline)) void gemm_tile(const float* left, int64_t ldl, const f
       next += R * sizeof(float);
       products(left + k, ldl, sliver + k * kSliver);
     }
-    MBF_UNROLL
-    for (int t = 0; t < R && k == middle; ++t) {
-      MBF_UNROLL
-      for (int n = 0; n < kGemmVectors; ++n) {
-        first[t][n] = s[t][n];
-        s[t][n] = Vec<float>{};
-      }
-    }
+    if (k == middle) set_apart();
   }
   MBF_UNROLL
-  for (int t = 0; t < R && middle > 0; ++t) {
+  for (int t = 0; t < R && apart; ++t) {
     MBF_UNROLL
-    for (int n = 0; n < kGemmVectors; ++n) s[t][n] += first[t][n];
+    for (int n = 0; n < kGemmVectors; ++n) s[t][n] += before[t][n];
   }
   MBF_UNROLL
   for (int t = 0; t < R; ++t) {

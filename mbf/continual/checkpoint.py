@@ -73,6 +73,7 @@ def load(
     cls: type[ContinualLora],
     model: nn.Module,
     directory: str | PathLike[str],
+    fuse: bool,
     process_group: ProcessGroup | Literal[False] | None,
     options: dict[str, Any],
 ) -> ContinualLora:
@@ -95,7 +96,7 @@ def load(
         model = _with_adapter(model, root, adapter)
     layers = adapter_layers(model, adapter)
     merged = _match(root, header["layers"], layers, factors)
-    learner = cls(model, method, adapter, learnt=False, process_group=process_group)
+    learner = cls(model, method, adapter, learnt=False, fuse=fuse, process_group=process_group)
     with torch.no_grad():
         method.write(merged)
     sync_config(model, adapter)

@@ -19,7 +19,8 @@ from mbf.continual.checks import Batches, TaskError, check_can_begin, check_fini
 from mbf.continual.hooks import TrainingHooks
 from mbf.continual.replicas import Replicas
 from mbf.methods import Factors, Method, get
-from mbf.peft import AdapterLayer, adapter_layers, sync_config
+from mbf.peft import AdapterLayer, adapter_layers, is_fused, sync_config
+from mbf.peft import fuse as fuse_layers
 from mbf.peft.sharded import reshard
 
 if TYPE_CHECKING:
@@ -60,6 +61,8 @@ class ContinualLora:
         adapter: the PEFT adapter that learns.
         learnt: name for the task that the adapter has learnt already. By default an adapter with a non-zero B counts
             as trained and enters as task 1 under the name ``"before"``; False says that it is only an initialisation.
+        fuse: have the model compute by mbf's operators, as ``mbf.fuse(model)`` does, unless it is fused already.
+            ``mbf.unfuse(model)`` undoes it; False leaves the model as it is.
         process_group: the processes that train this adapter together (DDP, FSDP2); default all of torch.distributed,
             if it is in use. Each of them must make the learner and begin and end every task; all get the adapter of
             the first. False for processes that train adapters of their own.
@@ -85,6 +88,7 @@ class ContinualLora:
         adapter: str = "default",
         *,
         learnt: str | Literal[False] | None = None,
+        fuse: bool = True,
         process_group: ProcessGroup | Literal[False] | None = None,
         **options: Any,
     ) -> None:
@@ -97,6 +101,8 @@ class ContinualLora:
         self.layers: list[AdapterLayer] = adapter_layers(model, adapter)
         self.method = method if isinstance(method, Method) else get(method)(**options)
         self.method.layers = self.layers
+        if fuse and not is_fused(model):
+            logger.info("%s", fuse_layers(model))
         self.replicas = Replicas(process_group)
         self.history: list[TaskRecord] = []
         self._active: _Active | None = None
@@ -298,6 +304,7 @@ class ContinualLora:
         model: nn.Module,
         directory: str | PathLike[str],
         *,
+        fuse: bool = True,
         process_group: ProcessGroup | Literal[False] | None = None,
         **options: Any,
     ) -> ContinualLora:
@@ -306,13 +313,14 @@ class ContinualLora:
         Args:
             model: the base model, which gets the adapter, or a model that has it already (of any rank).
             directory: where it was saved.
+            fuse: as in ``ContinualLora``.
             process_group: as in ``ContinualLora``; the number of processes may be another one.
             **options: values for options that cannot be stored (a callable schedule).
 
         Raises:
             checkpoint.CheckpointError: missing, damaged or foreign files, or another model; nothing has changed then.
         """
-        return checkpoint.load(cls, model, directory, process_group, options)
+        return checkpoint.load(cls, model, directory, fuse, process_group, options)
 
     def memory_bytes(self) -> dict[str, int]:
         """Bytes that persist between tasks: ``adapter`` (the merged LoRA) and ``state`` (all else the method keeps)."""

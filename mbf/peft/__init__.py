@@ -3,7 +3,7 @@ initialise one adapter's factors."""
 
 from mbf.peft.adapter import AdapterLayer, adapter_layers
 from mbf.peft.config import describe_ranks, sync_config
-from mbf.peft.fuse import fuse, fused, unfuse
+from mbf.peft.fuse import fuse, fused, is_fused, unfuse
 from mbf.peft.initialise import orthogonalize_
 from mbf.peft.linear import FusedLinear, calls
 from mbf.peft.pissa import init_pissa_
@@ -20,6 +20,7 @@ __all__ = [
     "fuse",
     "fused",
     "init_pissa_",
+    "is_fused",
     "orthogonalize_",
     "save_adapter",
     "sync_config",

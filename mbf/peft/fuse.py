@@ -81,6 +81,11 @@ def fuse(model: nn.Module, *, strict: bool = False, memory: Memory = "default") 
     return _swap(model, layers, report, memory)
 
 
+def is_fused(model: nn.Module) -> bool:
+    """Whether ``fuse`` has swapped a layer of ``model``."""
+    return bool(_fused_layers(model))
+
+
 def unfuse(model: nn.Module) -> None:
     """Undo ``fuse``: PEFT's own class for every fused layer in ``model``, and no groups."""
     for layer in _lora_layers(model).values():

@@ -15,7 +15,7 @@ from transformers import set_seed
 from mbf import methods
 from mbf.continual import ContinualLora
 from mbf.continual.atomic import whole_directory
-from mbf.peft import fuse, save_adapter, whole_adapter
+from mbf.peft import save_adapter, whole_adapter
 from mbf.peft.sharded import reshard
 from mbf.report import RunResult, TaskMemory
 from mbf.run.checkpoint import newest
@@ -116,12 +116,10 @@ class Cell:
             # PEFT asks transformers by a name that transformers renamed; nothing that a user could mend
             warnings.simplefilter("ignore", FutureWarning)
             adapted = get_peft_model(model, adapter)
-        if self.config.fuse:
-            fuse(adapted)
         if self.ledger.learned:
-            learner = ContinualLora.load(adapted, self.directory.state(len(self.ledger.learned)))
+            learner = ContinualLora.load(adapted, self.directory.state(len(self.ledger.learned)), fuse=self.config.fuse)
         else:
-            learner = ContinualLora(adapted, self.key.method.name, **self.key.method.options)
+            learner = ContinualLora(adapted, self.key.method.name, fuse=self.config.fuse, **self.key.method.options)
         if self.processes.sharded:
             self.processes.shard(adapted)
         return learner

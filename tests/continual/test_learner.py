@@ -10,6 +10,7 @@ from transformers import Trainer, TrainingArguments
 import mbf
 from mbf.continual import NonFiniteAdapterError, TaskError
 from mbf.methods import Method, MethodInfo
+from mbf.peft import calls, fuse, is_fused, unfuse
 from tests.continual.tiny import base_model, batch, logits, peft_model, train
 
 METHODS = [name for name in mbf.methods.available() if not mbf.methods.get(name).joint]
@@ -364,3 +365,25 @@ def test_an_inactive_adapter_is_refused():
     model.set_adapter("second")
     with learner.task("one"):
         train(model, 1)
+
+
+@pytest.mark.parametrize("chosen", [None, True, False])
+def test_the_learner_fuses_the_model_unless_told_not_to(chosen: bool | None) -> None:
+    model = peft_model()
+    stock = {type(layer) for layer in model.modules()}
+    learner = ContinualLora(model, **({} if chosen is None else {"fuse": chosen}))
+    assert is_fused(model) is (chosen is not False)
+    before = calls.copy()
+    with learner.task("first"):
+        train(model, 1)
+    assert (calls["fast"] > before["fast"]) is (chosen is not False)
+    unfuse(model)
+    assert {type(layer) for layer in model.modules()} == stock
+
+
+def test_the_learner_leaves_a_fused_model_as_it_was_fused() -> None:
+    model = peft_model(target_modules=["gate_proj", "up_proj", "down_proj"])
+    fuse(model, memory="low")
+    before = [(type(module), module.__dict__.get("_recompute")) for module in model.modules()]
+    ContinualLora(model)
+    assert [(type(module), module.__dict__.get("_recompute")) for module in model.modules()] == before

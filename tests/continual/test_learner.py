@@ -371,7 +371,7 @@ def test_an_inactive_adapter_is_refused():
 def test_the_learner_fuses_the_model_unless_told_not_to(chosen: bool | None) -> None:
     model = peft_model()
     stock = {type(layer) for layer in model.modules()}
-    learner = ContinualLora(model, **({} if chosen is None else {"fuse": chosen}))
+    learner = mbf.ContinualLora(model, **({} if chosen is None else {"fuse": chosen}))
     assert is_fused(model) is (chosen is not False)
     before = calls.copy()
     with learner.task("first"):
@@ -385,5 +385,5 @@ def test_the_learner_leaves_a_fused_model_as_it_was_fused() -> None:
     model = peft_model(target_modules=["gate_proj", "up_proj", "down_proj"])
     fuse(model, memory="low")
     before = [(type(module), module.__dict__.get("_recompute")) for module in model.modules()]
-    ContinualLora(model)
+    mbf.ContinualLora(model)
     assert [(type(module), module.__dict__.get("_recompute")) for module in model.modules()] == before

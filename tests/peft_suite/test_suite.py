@@ -19,7 +19,7 @@ from tests.peft_suite.sdist import peft_tests, unpack
 from tests.peft_suite.selections import SELECTIONS, Selection
 
 LAYERS = """
-import os
+import importlib.util
 
 import pytest
 import torch
@@ -51,6 +51,7 @@ def test_disabled():  # two slow calls
 
 
 def test_names():
+    assert importlib.util.find_spec("torchao") is None
     from peft.tuners.lora.layer import Linear
     assert type(model().base_model.model[0]) is Linear and repr(Linear) == "<class 'peft.tuners.lora.layer.Linear'>"
 """

@@ -4,7 +4,8 @@ Two environments: this Python with the releases of constraints.txt, and another 
 requirement, torch 2.10.0 among them. In each: what the bare library says of its command line; an operator against its
 reference; mbf doctor; a fused Llama that learns two tasks; plain PEFT on what that saved, with mbf blocked; mbf run on
 JSONL files. Then the compiled parts are hidden, and again with the sdist, installed where there is no compiler: the
-reference serves, mbf doctor says so, and the results are the same.
+reference serves, mbf doctor says so, and the results are the same. An environment for which the disk has no room is left
+out, and a line says so.
 """
 
 from __future__ import annotations
@@ -115,6 +116,10 @@ def main() -> int:
         for plan in PLANS:
             if plan.name in (options.environment or names):
                 with tempfile.TemporaryDirectory(prefix=f"mbf-{plan.name}-") as folder:
+                    free = shutil.disk_usage(folder).free / 1e9
+                    if free < plan.gigabytes:
+                        print(f"LEFT OUT {plan.name}: {free:.0f} GB are free, wanted {plan.gigabytes}", flush=True)
+                        continue
                     passed += check(plan, wheel, sdist, Path(folder))
     except CheckError as error:
         print(error, file=sys.stderr)

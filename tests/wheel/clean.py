@@ -20,15 +20,20 @@ class Plan:
     """An environment to be made.
 
     ``oldest`` takes the lower bound of every requirement, otherwise it is the releases of constraints.txt; ``pythons``
-    names the Pythons that may serve, first choice first, and without any the one that runs this does.
+    names the Pythons that may serve, first choice first, and without any the one that runs this does. ``gigabytes`` is
+    what downloads and installation take, with room to spare: of the oldest torch there may be no build without CUDA.
     """
 
     name: str
     pythons: tuple[str, ...]
     oldest: bool
+    gigabytes: int
 
 
-PLANS = (Plan("pinned", (), oldest=False), Plan("oldest", ("3.10", "3.12", "3.13", "3.14"), oldest=True))
+PLANS = (
+    Plan("pinned", (), oldest=False, gigabytes=4),
+    Plan("oldest", ("3.10", "3.12", "3.13", "3.14"), oldest=True, gigabytes=20),
+)
 
 
 class CheckError(Exception):

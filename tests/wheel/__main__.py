@@ -4,8 +4,8 @@ Two environments: this Python with the releases of constraints.txt, and another 
 requirement, torch 2.10.0 among them. In each: what the bare library says of its command line; an operator against its
 reference; mbf doctor; a fused Llama that learns two tasks; plain PEFT on what that saved, with mbf blocked; mbf run on
 JSONL files. Then the compiled parts are hidden, and again with the sdist, installed where there is no compiler: the
-reference serves, mbf doctor says so, and the results are the same. An environment for which the disk has no room is left
-out, and a line says so.
+reference serves, mbf doctor says so, and the results are the same. An environment for which the disk has no room is
+left out, and a line says so.
 """
 
 from __future__ import annotations

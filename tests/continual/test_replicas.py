@@ -103,15 +103,13 @@ METHODS = [
     ("slao", {"A_start": "random"}),
     ("magmax", {}),
     ("opcm", {}),
-    ("olora", {}),
 ]
+# What changes the rank is for DDP alone: test_what_parts_cannot_follow.
+CASES = [(how, *method) for how in ("ddp", "fsdp") for method in METHODS] + [("ddp", "olora", {})]
 
 
-@pytest.mark.parametrize(("method", "options"), METHODS, ids=lambda value: str(value) if isinstance(value, str) else "")
-@pytest.mark.parametrize("how", ["ddp", "fsdp"])
+@pytest.mark.parametrize(("how", "method", "options"), CASES)
 def test_every_process_ends_with_the_lora_of_one(how: str, method: str, options: dict[str, Any]) -> None:
-    if how == "fsdp" and method == "olora":
-        pytest.skip("changes the rank, which FSDP2 refuses: see test_what_parts_cannot_follow")
     first, second = together(learn, how, method, options)
     for key in ("starts", "A", "B", "state", "steps", "bytes"):
         assert_equal(first[key], second[key])

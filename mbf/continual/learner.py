@@ -102,7 +102,7 @@ class ContinualLora:
         self.method = method if isinstance(method, Method) else get(method)(**options)
         self.method.layers = self.layers
         if fuse and not is_fused(model):
-            logger.info("%s", fuse_layers(model))
+            logger.info("%s", str(fuse_layers(model)).splitlines()[0])
         self.replicas = Replicas(process_group)
         self.history: list[TaskRecord] = []
         self._active: _Active | None = None

@@ -57,8 +57,10 @@ def _receive(queue: Any, members: list[Any]) -> tuple[int, Any, str | None]:
 
 def _member(rank: int, size: int, store: Path, queue: Any, function: Callable[..., Any], arguments: tuple) -> None:
     torch.set_num_threads(1)
-    os.environ |= {"RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": str(size), "LOCAL_WORLD_SIZE": str(size)}
-    os.environ |= {"MASTER_ADDR": "127.0.0.1", "HF_HUB_OFFLINE": "1"}
+    os.environ["HF_HUB_OFFLINE"] = "1"
+    if size > 1:
+        os.environ |= {"RANK": str(rank), "LOCAL_RANK": str(rank), "MASTER_ADDR": "127.0.0.1"}
+        os.environ |= {"WORLD_SIZE": str(size), "LOCAL_WORLD_SIZE": str(size)}
     try:
         if size > 1:
             dist.init_process_group("gloo", init_method=f"file://{store}", rank=rank, world_size=size)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import socket
 import subprocess
 import sys
 from pathlib import Path
@@ -158,6 +159,12 @@ def command(*words: str) -> subprocess.CompletedProcess[str]:
     return subprocess.run([sys.executable, *words], text=True, capture_output=True, timeout=300, env=environment)
 
 
+def free_port() -> int:
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        return probe.getsockname()[1]
+
+
 @pytest.fixture(scope="module")
 def yaml_file(plain: dict[str, Any], tmp_path_factory: pytest.TempPathFactory) -> Path:
     path = tmp_path_factory.mktemp("config") / "run.yaml"
@@ -173,7 +180,17 @@ def test_launched(yaml_file: Path, alone, tmp_path: Path, launcher: str) -> None
     if launcher == "mbf":
         done = command("-m", "mbf", *words, "--nproc", "2", "--sharded")
     else:
-        flags = ["--cpu", "--num_processes", "2", "--num_machines", "1", "--mixed_precision", "no"]
+        flags = [
+            "--cpu",
+            "--main_process_port",
+            str(free_port()),
+            "--num_processes",
+            "2",
+            "--num_machines",
+            "1",
+            "--mixed_precision",
+            "no",
+        ]
         done = command("-m", "accelerate.commands.launch", *flags, "-m", "mbf", *words)
     assert done.returncode == 0, done.stderr
     assert done.stdout.count("report: ") == 1 and done.stderr.count("slao-order1-seed0: finished") == 1

@@ -153,9 +153,10 @@ def test_one_process_reports_what_is_wrong_and_none_waits(plain, tmp_path: Path)
 # -- by their launchers ------------------------------------------------------------------------------------------------
 
 
-def command(*words: str) -> subprocess.CompletedProcess[str]:
+def command(*words: str, **variables: str) -> subprocess.CompletedProcess[str]:
     environment = {k: v for k, v in os.environ.items() if k not in ("RANK", "WORLD_SIZE", "LOCAL_RANK")}
     environment |= {"HF_HUB_OFFLINE": "1", "OMP_NUM_THREADS": "1", "TRITON_INTERPRET": "0"}
+    environment |= variables
     return subprocess.run([sys.executable, *words], text=True, capture_output=True, timeout=300, env=environment)
 
 
@@ -180,18 +181,10 @@ def test_launched(yaml_file: Path, alone, tmp_path: Path, launcher: str) -> None
     if launcher == "mbf":
         done = command("-m", "mbf", *words, "--nproc", "2", "--sharded")
     else:
-        flags = [
-            "--cpu",
-            "--main_process_port",
-            str(free_port()),
-            "--num_processes",
-            "2",
-            "--num_machines",
-            "1",
-            "--mixed_precision",
-            "no",
-        ]
-        done = command("-m", "accelerate.commands.launch", *flags, "-m", "mbf", *words)
+        flags = (
+            f"--cpu --num_processes 2 --num_machines 1 --mixed_precision no --main_process_port {free_port()}".split()
+        )
+        done = command("-m", "accelerate.commands.launch", *flags, "-m", "mbf", *words, ACCELERATE_USE_FSDP="true")
     assert done.returncode == 0, done.stderr
     assert done.stdout.count("report: ") == 1 and done.stderr.count("slao-order1-seed0: finished") == 1
     stored = json.loads((root / "cells/slao-order1-seed0/result.json").read_text())

@@ -150,6 +150,18 @@ def test_one_process_reports_what_is_wrong_and_none_waits(plain, tmp_path: Path)
     assert not (tmp_path / "run" / "run.json").exists()
 
 
+def asked_by_accelerate(value: str) -> tuple[bool, bool]:
+    os.environ["ACCELERATE_USE_FSDP"] = value
+    return mbf.run.processes.Processes().sharded, "ACCELERATE_USE_FSDP" in os.environ
+
+
+def test_accelerates_wish_for_fsdp_is_ours_to_fulfil() -> None:
+    """And is not passed on, as accelerate would wrap what is sharded already. One process has nothing to shard."""
+    assert together(asked_by_accelerate, "true") == [(True, False)] * 2
+    assert together(asked_by_accelerate, "false") == [(False, False)] * 2
+    assert together(asked_by_accelerate, "true", processes=1) == [(False, False)]
+
+
 # -- by their launchers ------------------------------------------------------------------------------------------------
 
 

@@ -15,6 +15,8 @@ from mbf.ops.philox import dropout
 
 from .helpers import TARGETS, base_model, randomise
 
+ABSENT = "a package of the test extra is absent; the stand-ins of test_quantised.py run the same code everywhere"
+
 D_IN, D_OUT = 64, 48
 
 
@@ -22,30 +24,30 @@ D_IN, D_OUT = 64, 48
 
 
 def nf4(dtype: torch.dtype) -> nn.Module:
-    bnb = pytest.importorskip("bitsandbytes")
+    bnb = pytest.importorskip("bitsandbytes", reason=ABSENT)
     return bnb.nn.Linear4bit(D_IN, D_OUT, compute_dtype=dtype, quant_type="nf4").to(dtype).to("cpu")
 
 
 def fp4(dtype: torch.dtype) -> nn.Module:
-    bnb = pytest.importorskip("bitsandbytes")
+    bnb = pytest.importorskip("bitsandbytes", reason=ABSENT)
     base = bnb.nn.Linear4bit(D_IN, D_OUT, bias=False, compute_dtype=dtype, quant_type="fp4", compress_statistics=False)
     return base.to("cpu")
 
 
 def int8(dtype: torch.dtype) -> nn.Module:
-    bnb = pytest.importorskip("bitsandbytes")
+    bnb = pytest.importorskip("bitsandbytes", reason=ABSENT)
     return bnb.nn.Linear8bitLt(D_IN, D_OUT, has_fp16_weights=False).to("cpu")
 
 
 def torchao(dtype: torch.dtype) -> nn.Module:
-    quantization = pytest.importorskip("torchao.quantization")
+    quantization = pytest.importorskip("torchao.quantization", reason=ABSENT)
     base = nn.Linear(D_IN, D_OUT, dtype=dtype)
     quantization.quantize_(base, quantization.Int8WeightOnlyConfig())
     return base
 
 
 def hqq(dtype: torch.dtype) -> nn.Module:
-    quantize = pytest.importorskip("hqq.core.quantize")
+    quantize = pytest.importorskip("hqq.core.quantize", reason=ABSENT)
     config = quantize.BaseQuantizeConfig(nbits=4, group_size=32)
     return quantize.HQQLinear(nn.Linear(D_IN, D_OUT).requires_grad_(False), config, compute_dtype=dtype, device="cpu")
 
@@ -179,9 +181,9 @@ def settings(kind: str) -> Any:
     import transformers
 
     if kind == "torchao":
-        quantization = pytest.importorskip("torchao.quantization")
+        quantization = pytest.importorskip("torchao.quantization", reason=ABSENT)
         return transformers.TorchAoConfig(quantization.Int8WeightOnlyConfig())
-    pytest.importorskip("bitsandbytes")
+    pytest.importorskip("bitsandbytes", reason=ABSENT)
     if kind == "int8":
         return transformers.BitsAndBytesConfig(load_in_8bit=True)
     return transformers.BitsAndBytesConfig(

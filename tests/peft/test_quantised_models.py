@@ -18,7 +18,7 @@ import mbf
 from mbf.peft.linear import FusedForward, FusedLinear
 
 from .helpers import TARGETS, base_model, losses, randomise, tokens, took, trained
-from .quantised import base_state, loaded, model
+from .quantised import ABSENT, base_state, loaded, model
 
 KINDS = ["nf4", "int8", "torchao"]
 LAYERS = 14
@@ -152,7 +152,7 @@ def test_a_view_of_the_merge_is_what_the_merge_computes(kind: str, folder: Path)
 
 
 def test_plain_members_of_a_group_are_computed_together_and_quantised_ones_alone(groups: list[int]) -> None:
-    bnb = pytest.importorskip("bitsandbytes")
+    bnb = pytest.importorskip("bitsandbytes", reason=ABSENT)
     base: Any = base_model(hidden_size=64, intermediate_size=96)
     base.is_loaded_in_4bit = True
     for block in base.model.layers:

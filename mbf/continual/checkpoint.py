@@ -102,6 +102,8 @@ def load(
     sync_config(model, adapter)
     method.load_state_dict({name: t.to(layers[0].A.device) for name, t in state.items()})
     learner.history = [TaskRecord(**record) for record in header["history"]]
+    if learner.history:
+        method.select(None)
     return learner
 
 

@@ -2,18 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
 from typing import TYPE_CHECKING
 
 import torch
-from torch import Tensor
 
-from mbf.methods import Factors
+from mbf.methods import Batches, Factors
 
 if TYPE_CHECKING:
     from mbf.continual.learner import ContinualLora
-
-Batches = Iterable[Mapping[str, Tensor]]
 
 
 class TaskError(RuntimeError):
@@ -50,6 +46,8 @@ def _check_can_shard(learner: ContinualLora, name: str, i: int) -> None:
     method, what = learner.method, None
     if method.changes_rank:
         what = "changes the rank of the adapter"
+    elif method.learns:
+        what = "learns parameters beside A and B"
     elif method.trains(i) != (True, True):
         what = "trains only one of A and B"
     if what is not None:
@@ -57,6 +55,29 @@ def _check_can_shard(learner: ContinualLora, name: str, i: int) -> None:
             f"method {method.name!r} {what}, which parameters that fully_shard took cannot follow; task {i} {name!r} "
             "did not begin. Train with DDP, or with another method"
         )
+
+
+def check_can_adopt(learner: ContinualLora) -> None:
+    """Raise ValueError unless the method can take an adapter that was trained elsewhere as its first task."""
+    method = learner.method
+    if method.adopts:
+        return
+    raise ValueError(
+        f"method {method.name!r} cannot go on from an adapter that was trained elsewhere (B is not zero): it needs to "
+        "have learnt every task itself. Begin with an untrained adapter, or say learnt=False if it is only a start"
+    )
+
+
+def check_finite_parameters(learner: ContinualLora, what: str) -> None:
+    """Raise NonFiniteAdapterError if a parameter of the method's own has inf or NaN."""
+    for name, parameters in learner.method.learned.items():
+        for n, parameter in enumerate(parameters):
+            if not bool(torch.isfinite(parameter).all()):
+                where = learner.layers[n].name if len(parameters) == len(learner.layers) else f"number {n}"
+                raise NonFiniteAdapterError(
+                    f"{what} inf or NaN in {name} of {where}; the merged LoRA is as it was. Lower the learning rate, "
+                    "clip gradients, or train in a wider dtype."
+                )
 
 
 def check_same(learner: ContinualLora, factors: Factors, what: str) -> None:

@@ -17,7 +17,7 @@ if TYPE_CHECKING:
 
 
 class TrainingHooks:
-    """Calls the method's hooks around every optimiser step that concerns the adapter, and before every forward.
+    """Calls the method's hooks around every optimiser step that concerns what it trains, and before every forward.
 
     The penalty of ``loss_extra`` is differentiated here, once an optimiser step, and added to the gradients: it counts
     once whatever the gradient accumulation, and is not part of what a loop clips before the step.
@@ -46,7 +46,7 @@ class TrainingHooks:
 
     @classmethod
     def for_inference(cls, learner: ContinualLora) -> TrainingHooks:
-        """Hooks for the learner's life: ``inference_adapter`` before every forward outside a task."""
+        """Hooks for the learner's life: ``inference_adapter`` before every forward that trains nothing."""
         hooks = cls(learner)
         if _overrides(learner.method, "inference_adapter"):
             root = _forward_root(learner.model)
@@ -55,6 +55,7 @@ class TrainingHooks:
 
     def _concerns(self, optimizer: Optimizer) -> bool:
         ours = {id(p) for layer in self.learner.layers for p in (layer.A, layer.B)}
+        ours |= {id(p) for parameters in self.learner.method.learned.values() for p in parameters}
         return any(id(p) in ours for group in optimizer.param_groups for p in group["params"])
 
     def _before_step(self, optimizer: Optimizer, args: Any, kwargs: Any) -> None:
@@ -78,7 +79,7 @@ class TrainingHooks:
             self.learner.method.forward_mod(self.steps, _named(args, kwargs))
 
     def _infer(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-        if not self.learner.in_task:
+        if not (self.learner.in_task and module.training):
             self.learner.method.inference_adapter(_named(args, kwargs))
 
 

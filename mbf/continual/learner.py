@@ -14,12 +14,20 @@ from typing import TYPE_CHECKING, Any, Literal
 import torch
 from torch import Tensor, nn
 
-from mbf.continual import checkpoint
-from mbf.continual.checks import Batches, TaskError, check_can_begin, check_finite, check_same
+from mbf.continual import checkpoint, own_parameters
+from mbf.continual.atomic import whole_directory
+from mbf.continual.checks import (
+    TaskError,
+    check_can_adopt,
+    check_can_begin,
+    check_finite,
+    check_finite_parameters,
+    check_same,
+)
 from mbf.continual.hooks import TrainingHooks
 from mbf.continual.replicas import Replicas
-from mbf.methods import Factors, Method, get
-from mbf.peft import AdapterLayer, adapter_layers, is_fused, sync_config
+from mbf.methods import Batches, Factors, Method, get
+from mbf.peft import AdapterLayer, adapter_layers, is_fused, save_adapter, sync_config, whole_adapter
 from mbf.peft import fuse as fuse_layers
 from mbf.peft.sharded import reshard
 
@@ -100,7 +108,7 @@ class ContinualLora:
         self.adapter = adapter
         self.layers: list[AdapterLayer] = adapter_layers(model, adapter)
         self.method = method if isinstance(method, Method) else get(method)(**options)
-        self.method.layers = self.layers
+        self.method.layers, self.method.model = self.layers, model
         if fuse and not is_fused(model):
             logger.info("%s", str(fuse_layers(model)).splitlines()[0])
         self.replicas = Replicas(process_group)
@@ -162,6 +170,7 @@ class ContinualLora:
         i = len(self.history) + 1
         reshard(self.model)
         check_can_begin(self, name, i, data)
+        self.method.route(None)
         self._share()
         self.method.merged = self.method.current.clone()
         self._active = _Active(
@@ -178,6 +187,7 @@ class ContinualLora:
                 self.method.before_task(i, data)
                 with torch.no_grad():
                     self.method.init_adapter(i)
+            own_parameters.attach(self.model, self.method.learned)
             self._share()
             sync_config(self.model, self.adapter)
             trains_A, trains_B = self.method.trains(i)
@@ -223,12 +233,15 @@ class ContinualLora:
                     "build the optimiser after begin_task, over the model's parameters as they are then.",
                     stacklevel=3,
                 )
+            check_finite_parameters(self, what)
             active.hooks.detach()
             self.method.route(None)
             with torch.no_grad(), self.replicas.same_randomness(self._device):
                 self.method.after_task(active.index, data)
+            self._forget_learned()
             self._share()
             check_finite(self, self.method.current, f"merging task {active.index} {active.name!r} gave")
+            self.method.select(None)
         except BaseException:
             self.abandon_task()
             raise
@@ -243,12 +256,35 @@ class ContinualLora:
         active = self._require_active("abandon_task")
         active.hooks.detach()
         self.method.route(None)
+        self._forget_learned()
         self.method.state = active.state
         with torch.no_grad():
             self.method.write(active.merged)
         sync_config(self.model, self.adapter)
         self._restore_requires_grad(active)
         self._active = None
+        if self.history:
+            self.method.select(None)
+
+    def select_task(self, name: str | None) -> None:
+        """Compute with what a method keeps for one task (``share``, ``lilora``), until the next call or task.
+
+        Methods without such parts compute alike for every task, and nothing changes.
+
+        Args:
+            name: of a task in ``history``, the last of that name; None computes as without a task's label.
+
+        Raises:
+            TaskError: a task is in progress.
+            ValueError: no task of that name was learnt.
+        """
+        if self._active is not None:
+            raise TaskError(f"task {self._active.name!r} is in progress; end or abandon it before select_task")
+        index = {record.name: record.index for record in self.history}
+        if name is not None and name not in index:
+            raise ValueError(f"no task {name!r} was learnt; there are {', '.join(map(repr, index)) or 'none'}")
+        if self.history:
+            self.method.select(None if name is None else index[name])
 
     @contextmanager
     def merged_view(self, weight: float | Tensor | None = None) -> Iterator[nn.Module]:
@@ -276,7 +312,10 @@ class ContinualLora:
         method.merged_terms(self.layers[0], 0, i, weight)  # a method without a weight says so before anything changes
         try:
             for layer in self.layers:
-                layer.route(lambda layer: method.merged_terms(layer, index[layer.name], i, weight))
+                layer.route(
+                    lambda layer: method.merged_terms(layer, index[layer.name], i, weight),
+                    own_operator=method.own_operator,
+                )
             yield self.model
         finally:
             method.route(method.terms)
@@ -322,8 +361,35 @@ class ContinualLora:
         """
         return checkpoint.load(cls, model, directory, fuse, process_group, options)
 
+    def export(self, directory: str | PathLike[str]) -> None:
+        """Write the result as an adapter for plain PEFT; the learner stays as it is.
+
+        That is what ``save_pretrained`` writes, except for methods whose layers compute more than the adapter's
+        (A, B): their result is folded into a plain LoRA here, of whatever rank that takes, or approximated by one where
+        ``method.info.foldable`` is false. Processes and files are as for ``save``.
+
+        Raises:
+            TaskError: a task is in progress.
+        """
+        if self._active is not None:
+            raise TaskError(f"task {self._active.index} {self._active.name!r} is in progress; end or abandon it first")
+        reshard(self.model)
+        kept, shipped = self.method.current.clone(), self.method.shipped()
+        try:
+            with torch.no_grad():
+                self.method.write(shipped)
+            sync_config(self.model, self.adapter)
+            parameters = whole_adapter(self.model, self.adapter)
+            if self.replicas.first:
+                with whole_directory(directory) as temporary:
+                    save_adapter(self.model, self.adapter, temporary, parameters)
+        finally:
+            with torch.no_grad():
+                self.method.write(kept)
+            sync_config(self.model, self.adapter)
+
     def memory_bytes(self) -> dict[str, int]:
-        """Bytes that persist between tasks: ``adapter`` (the merged LoRA) and ``state`` (all else the method keeps)."""
+        """Bytes that persist between tasks: ``adapter`` (A and B) and ``state`` (all else the method keeps)."""
         adapter = sum(p.numel() * p.element_size() for layer in self.layers for p in (layer.A, layer.B))
         return {"adapter": adapter, "state": self.method.state_bytes()}
 
@@ -341,7 +407,12 @@ class ContinualLora:
         tensors = [t.data for layer in self.layers if not layer.sharded for t in (layer.A, layer.B)]
         self.replicas.share([*tensors, *self.method.state_tensors()], self._device)
 
+    def _forget_learned(self) -> None:
+        own_parameters.detach(self.model)
+        self.method.learned = {}
+
     def _adopt(self, name: str) -> None:
+        check_can_adopt(self)
         check_finite(self, self.method.current, "the adapter given as already trained has")
         self.method.merged = self.method.current.clone()
         with torch.no_grad(), self.replicas.same_randomness(self._device):
@@ -349,6 +420,7 @@ class ContinualLora:
         self._share()
         sync_config(self.model, self.adapter)
         self.history.append(TaskRecord(1, name, 0, 0.0))
+        self.method.select(None)
 
     def _require_active(self, caller: str) -> _Active:
         if self._active is None:

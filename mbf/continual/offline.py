@@ -17,8 +17,8 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
 from mbf.continual.atomic import whole_directory
-from mbf.methods import Factors, Layer, Method, Options, get
-from mbf.ops import LoraTerms, rsvd
+from mbf.methods import Factors, Layer, Method, Options, available, get
+from mbf.ops import BranchTerms, rsvd
 from mbf.peft import describe_ranks
 
 _PREFIX = "base_model.model."
@@ -32,6 +32,13 @@ class _StoredLayer:
         self.scale = scale
         self.write(A, B)
 
+    @property
+    def module(self) -> nn.Module:
+        raise NotImplementedError(f"{self.name} is known by its factors alone")
+
+    def weight(self) -> Tensor:
+        raise NotImplementedError(f"{self.name} is known by its factors alone")
+
     def values(self) -> tuple[Tensor, Tensor]:
         return self.A.data, self.B.data
 
@@ -39,7 +46,7 @@ class _StoredLayer:
         self.A = nn.Parameter(A.clone(), requires_grad=False)
         self.B = nn.Parameter(B.clone(), requires_grad=False)
 
-    def route(self, terms: Callable[[Layer], LoraTerms] | None) -> None:
+    def route(self, terms: Callable[[Layer], BranchTerms] | None, *, own_operator: bool = False) -> None:
         """Nothing computes here."""
 
 
@@ -134,6 +141,11 @@ def merge_adapters(
     if rank is not None and rank < 1:
         raise ValueError(f"rank is {rank}; a LoRA has at least rank 1")
     rule = get(method)(**options)
+    if not rule.merges_alone:
+        raise ValueError(
+            f"method {method!r} merges with what it saw or learnt while training, which adapters on disk do not carry; "
+            f"methods that need nothing else: {', '.join(n for n in available() if get(n).merges_alone)}"
+        )
     configs = [_config(Path(path)) for path in adapters]
     loaded = [_layers(Path(path), config) for path, config in zip(adapters, configs, strict=True)]
     layers, ranks = loaded[0], [layer.A.shape[0] for layer in loaded[0]]

@@ -3,9 +3,9 @@
 import importlib
 import pkgutil
 
-from mbf.methods.base import Factors, Layer, Method, MethodInfo, Options, available, get, register
+from mbf.methods.base import Batches, Factors, Layer, Method, MethodInfo, Options, available, get, register
 
 for _module in pkgutil.iter_modules(__path__):
-    importlib.import_module(f"{__name__}.{_module.name}")
+    importlib.import_module(f"{__name__}.{_module.name}")  # _*.py are rooms that several methods share
 
-__all__ = ["Factors", "Layer", "Method", "MethodInfo", "Options", "available", "get", "register"]
+__all__ = ["Batches", "Factors", "Layer", "Method", "MethodInfo", "Options", "available", "get", "register"]

@@ -3,7 +3,7 @@
 The learner (``mbf.continual``) calls the hooks in this order for task ``i`` (counted from 1)::
 
     before_task(i, data)      statistics of the new task, if the method needs a pass over its data
-    init_adapter(i)           write the start (A, B) of the task; install routes
+    init_adapter(i)           write the start (A, B) of the task; install routes; make parameters of its own (``learn``)
     ── the user's training loop, plain or transformers.Trainer ──
        forward_mod(step, inputs)   before every forward of the model in training mode
        loss_extra()                just before every optimiser step; its gradient is added to the parameters'
@@ -12,10 +12,12 @@ The learner (``mbf.continual``) calls the hooks in this order for task ``i`` (co
     ── end ──
     after_task(i, data)       write the merged (A, B), which is what is evaluated, saved and shipped
 
-The learner removes the task's routes before ``after_task``; a method that routes at inference sets them anew there.
-Outside a task ``inference_adapter(inputs)`` runs before every forward, for methods that route by prompt. A method keeps
-what outlives a task in ``self.state`` and replaces its entries rather than changing them in place: the learner rolls an
-interrupted task back by restoring the entries and the adapter as they were.
+The learner removes the task's routes before ``after_task``. Between tasks ``select(task)`` installs those of
+inference: with None, after every task, roll-back and load, and with a task's number when the user names one. Whenever
+the model does not train, ``inference_adapter(inputs)`` runs before every forward, for methods that route by prompt. A
+method keeps what outlives a task, and what a checkpoint inside one needs, in ``self.state``, and replaces its entries
+rather than changing them in place: the learner rolls an interrupted task back by restoring the entries and the adapter
+as they were.
 """
 
 from __future__ import annotations
@@ -30,9 +32,13 @@ import torch
 from pydantic import BaseModel, ConfigDict
 from torch import Tensor
 
-from mbf.ops import LoraTerms
+from mbf.ops import BranchTerms, LoraTerms
 
 Grade = Literal["CODE", "NOTE", "3RD", "ABS", "standard", "paper"]
+
+
+Batches = Iterable[Mapping[str, Any]]
+"""A task's data: keyword arguments of the model's forward, batch by batch; as often as it is iterated."""
 
 
 class Layer(Protocol):
@@ -42,6 +48,11 @@ class Layer(Protocol):
     """
 
     name: str
+
+    @property
+    def module(self) -> torch.nn.Module:
+        """The layer in the model, whose forward takes x: to hook, and to ask whether it trains."""
+        ...
 
     @property
     def A(self) -> torch.nn.Parameter: ...
@@ -58,13 +69,20 @@ class Layer(Protocol):
         """A and B whole and without autograd, also where A and B are kept in parts by several processes."""
         ...
 
+    def weight(self) -> Tensor:
+        """W as it is, ``[d_out, d_in]`` in fp32 and without autograd; a quantised one is dequantised. A copy."""
+        ...
+
     def write(self, A: Tensor, B: Tensor) -> None:
         """Set A and B. The parameters keep their identity when the rank stays; otherwise they are replaced and PEFT's
         ``r`` and ``lora_alpha`` follow so that s stays what it was."""
         ...
 
-    def route(self, terms: Callable[[Layer], LoraTerms] | None) -> None:
-        """Have every forward compute with ``terms(layer)`` instead of the plain (A, B); None undoes it."""
+    def route(self, terms: Callable[[Layer], BranchTerms] | None, *, own_operator: bool = False) -> None:
+        """Have every forward compute with ``terms(layer)`` instead of the plain (A, B); None undoes it.
+
+        ``own_operator`` says that the terms are none of ``lora_linear``.
+        """
         ...
 
 
@@ -76,7 +94,19 @@ class Options(BaseModel):
 
 @dataclass(frozen=True)
 class MethodInfo:
-    """One row of ``mbf methods``."""
+    """One row of ``mbf methods``.
+
+    Attributes:
+        title: what the method is called.
+        trained, frozen: during a task.
+        merge: the rule after it.
+        memory: all that persists, in sizes P of one LoRA, with T tasks.
+        data_free: no rows of old tasks are kept.
+        task_id: inference is as trained only where the task is named (``learner.select_task``).
+        foldable: the result is one plain LoRA; else what plain PEFT loads approximates it.
+        grade: of the source: the authors' CODE, a published NOTE, a 3RD party, the ABStract alone.
+        source: paper or repository.
+    """
 
     title: str
     trained: str
@@ -85,6 +115,7 @@ class MethodInfo:
     memory: str
     data_free: bool = True
     task_id: bool = False
+    foldable: bool = True
     grade: Grade = "standard"
     source: str = ""
 
@@ -113,10 +144,17 @@ class Method:
         joint: learns all tasks at once (the upper bound) instead of one after another.
         needs_data: its hooks read the task's data, so ``task(name, data=...)`` must be given.
         changes_rank: it writes factors of another rank than the adapter had, which FSDP2's parameters cannot take.
+        learns: it makes parameters of its own (``learn``).
+        adopts: an adapter that was trained elsewhere can stand for its first task; ``after_task(1, None)`` takes it in.
+        merges_alone: ``after_task`` needs nothing but the trained adapters, so that ``mbf merge`` can call it.
+        own_operator: its routes give the terms of an operator of its own, not of ``lora_linear``.
+        model: the model that is trained, set by the learner.
         layers: the adapted layers, set by the learner.
         merged: the merged LoRA as it was when the current task began (what a roll-back restores).
         terms: the route in force, if any.
-        state: what outlives a task, by name: Factors, tensors, numbers. Replaced, never changed in place.
+        learned: the parameters of its own in the task in progress, by name; empty between tasks.
+        state: what outlives a task, by name: Factors, tensors, lists of them, numbers. Replaced, never changed in
+            place.
 
     Class attributes of a new method: ``name``, ``info``, and ``Options`` where it has any; ``register`` makes it known.
     """
@@ -126,14 +164,21 @@ class Method:
     Options: ClassVar[type[Options]] = Options
     joint: ClassVar[bool] = False
     needs_data: ClassVar[bool] = False
+    learns: ClassVar[bool] = False
+    own_operator: ClassVar[bool] = False
+    adopts: ClassVar[bool] = True
+    merges_alone: ClassVar[bool] = True
     changes_rank: bool = False
+    model: torch.nn.Module
 
     def __init__(self, **options: Any) -> None:
         self.options = self.Options(**options)
         self.layers: Sequence[Layer] = ()
         self.merged = Factors()
-        self.terms: Callable[[Layer], LoraTerms] | None = None
+        self.terms: Callable[[Layer], BranchTerms] | None = None
+        self.learned: dict[str, list[torch.nn.Parameter]] = {}
         self.state: dict[str, Factors | Tensor | list[Tensor] | float | int] = {}
+        self._places: dict[str, int] = {}
 
     # -- the adapter as lists over all layers, the form that the batched operators take ------------------------------
 
@@ -148,11 +193,33 @@ class Method:
         for layer, A, B in zip(self.layers, factors.A, factors.B, strict=True):
             layer.write(A, B)
 
-    def route(self, terms: Callable[[Layer], LoraTerms] | None) -> None:
+    def route(self, terms: Callable[[Layer], BranchTerms] | None) -> None:
         """Route every layer's forward through ``terms``; None undoes it."""
         self.terms = terms
         for layer in self.layers:
-            layer.route(terms)
+            layer.route(terms, own_operator=self.own_operator)
+
+    def index(self, layer: Layer) -> int:
+        """The place of ``layer`` in ``layers``, and so in every list over them."""
+        if self._places.get(layer.name) is None:
+            self._places = {one.name: n for n, one in enumerate(self.layers)}
+        return self._places[layer.name]
+
+    def learn(self, name: str, values: Iterable[Tensor]) -> list[torch.nn.Parameter]:
+        """Make parameters of the method's own, for ``init_adapter``: the user's optimiser finds them in the model.
+
+        They live until the task ends; ``after_task`` puts what is to stay into ``state``. They are part of every
+        checkpoint inside the task.
+
+        Args:
+            name: a word, apart for each call within a task.
+            values: what they start from, on the layers' device: one a layer, or as many as the method likes.
+
+        Returns:
+            ``self.learned[name]``.
+        """
+        self.learned = {**self.learned, name: [torch.nn.Parameter(value.detach().clone()) for value in values]}
+        return self.learned[name]
 
     def fresh(self, ranks: Sequence[int] | None = None) -> Factors:
         """An untrained LoRA from torch's default generator: A Kaiming uniform (a = √5, PEFT's default), B zero.
@@ -175,7 +242,7 @@ class Method:
         """Whether (A, B) of the adapter are trained in task i."""
         return True, True
 
-    def before_task(self, i: int, data: Iterable[Mapping[str, Tensor]] | None) -> None:
+    def before_task(self, i: int, data: Batches | None) -> None:
         """See the task's data before its start is chosen."""
 
     def init_adapter(self, i: int) -> None:
@@ -194,17 +261,24 @@ class Method:
     def after_step(self, step: int) -> None:
         """Change parameters just after the optimiser's step."""
 
-    def after_task(self, i: int, data: Iterable[Mapping[str, Tensor]] | None) -> None:
+    def after_task(self, i: int, data: Batches | None) -> None:
         """Merge: write the LoRA that is evaluated and shipped, and keep in ``state`` what the next task starts from."""
 
+    def select(self, task: int | None) -> None:
+        """Between tasks, install the routes of inference: those of ``task``, or without a task's label."""
+
     def inference_adapter(self, inputs: Mapping[str, Any]) -> None:
-        """Choose, outside a task, how the layers compute for the coming inputs."""
+        """Choose how the layers compute for the coming inputs of a forward that trains nothing."""
+
+    def shipped(self) -> Factors:
+        """The result as one plain LoRA: exactly so if ``info.foldable``, else the nearest that the method has."""
+        return self.current
 
     def merge_weight(self, i: int) -> float | None:
         """λ(i) of a method that merges with a weight."""
         return None
 
-    def merged_terms(self, layer: Layer, index: int, i: int, weight: float | Tensor | None) -> LoraTerms:
+    def merged_terms(self, layer: Layer, index: int, i: int, weight: float | Tensor | None) -> BranchTerms:
         """The would-be merge of ``layer`` (at ``index`` of ``layers``) inside task i, as terms of one forward.
 
         The default is for methods whose merge is what they train: the adapter as it computes now.
@@ -216,8 +290,11 @@ class Method:
     # -- persistence -------------------------------------------------------------------------------------------------
 
     def state_dict(self) -> dict[str, Tensor]:
-        """``state`` as flat named tensors; Factors and lists are spread as ``key.A.0``, ``key.B.0``, ``key.0``."""
-        flat: dict[str, Tensor] = {}
+        """``state`` as flat named tensors; Factors and lists are spread as ``key.A.0``, ``key.B.0``, ``key.0``.
+
+        Inside a task also what the method learns, as ``learned/name.0``.
+        """
+        flat = {f"{_LEARNED}{key}.{n}": p.detach() for key, ps in self.learned.items() for n, p in enumerate(ps)}
         for key, value in self.state.items():
             if isinstance(value, Factors):
                 flat |= {f"{key}.A.{n}": t for n, t in enumerate(value.A)}
@@ -235,9 +312,22 @@ class Method:
         return [t for name, t in self.state_dict().items() if not name.endswith(".number")]
 
     def load_state_dict(self, flat: Mapping[str, Tensor]) -> None:
-        """The inverse of ``state_dict``."""
+        """The inverse of ``state_dict``; parameters that the method learns, which it must have made, take their values.
+
+        Raises:
+            ValueError: what is learned differs in names or shapes; nothing is changed.
+        """
+        learned = {n.removeprefix(_LEARNED): t for n, t in flat.items() if n.startswith(_LEARNED)}
+        own = {f"{key}.{n}": p for key, ps in self.learned.items() for n, p in enumerate(ps)}
+        if {n: t.shape for n, t in learned.items()} != {n: p.shape for n, p in own.items()}:
+            raise ValueError(
+                f"method {self.name!r} learns {sorted(own) or 'no parameters'} in this task, the checkpoint holds "
+                f"{sorted(learned) or 'none'}; go on with the options that it was begun with"
+            )
+        for name, parameter in own.items():
+            parameter.data.copy_(learned[name])
         state: dict[str, Any] = {}
-        for name in sorted(flat, key=_numeric_parts):
+        for name in sorted((n for n in flat if not n.startswith(_LEARNED)), key=_numeric_parts):
             key, *rest = name.split(".")
             match rest:
                 case []:
@@ -255,6 +345,7 @@ class Method:
         return sum(t.numel() * t.element_size() for t in self.state_dict().values())
 
 
+_LEARNED = "learned/"
 _METHODS: dict[str, type[Method]] = {}
 
 

@@ -7,14 +7,13 @@ public code. Task i starts from task i − 1's weights; τ_i = θ_i − θ_0; th
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
 from typing import Literal
 
 import torch
 from pydantic import Field
 from torch import Tensor
 
-from mbf.methods.base import Factors, Method, MethodInfo, Options, register
+from mbf.methods.base import Batches, Factors, Method, MethodInfo, Options, register
 from mbf.ops import rsvd
 
 
@@ -58,7 +57,7 @@ class MagMax(Method):
         else:
             self.write(self._factors("ft"))
 
-    def after_task(self, i: int, data: Iterable[Mapping[str, Tensor]] | None) -> None:
+    def after_task(self, i: int, data: Batches | None) -> None:
         finetuned = self.current.clone()
         if self.options.space == "delta":
             self._merge_delta(finetuned)

@@ -13,13 +13,11 @@ arbitrary; only the non-zero singular pairs are used here (ours, deterministic).
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
-
 import torch
 from pydantic import Field
 from torch import Tensor
 
-from mbf.methods.base import Factors, Method, MethodInfo, Options, register
+from mbf.methods.base import Batches, Factors, Method, MethodInfo, Options, register
 
 
 class OpcmOptions(Options):
@@ -75,7 +73,7 @@ class Opcm(Method):
             assert isinstance(origin, Factors)
             self.write(origin)
 
-    def after_task(self, i: int, data: Iterable[Mapping[str, Tensor]] | None) -> None:
+    def after_task(self, i: int, data: Batches | None) -> None:
         origin = self.state.get("origin")
         if not isinstance(origin, Factors):
             raise ValueError(

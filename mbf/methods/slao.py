@@ -8,14 +8,14 @@ paper's ablations, and two additions of ours (``basis="rsvd"``, ``B_start="prese
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable
 from typing import Any, Literal
 
 import torch
 from pydantic import Field, model_validator
 from torch import Tensor
 
-from mbf.methods.base import Factors, Layer, Method, MethodInfo, Options, register
+from mbf.methods.base import Batches, Factors, Layer, Method, MethodInfo, Options, register
 from mbf.ops import LoraTerms, merge_, orthonormal_rows, rsvd, task_boundary_
 
 SCHEDULES: dict[str, Callable[[int], float]] = {
@@ -128,7 +128,7 @@ class Slao(Method):
 
     # -- and after it --------------------------------------------------------------------------------------------------
 
-    def after_task(self, i: int, data: Iterable[Mapping[str, Tensor]] | None) -> None:
+    def after_task(self, i: int, data: Batches | None) -> None:
         finetuned = self.current.clone()  # A_ft, B_ft
         merged = finetuned  # task 1: A_merge = A_ft, B_merge = B_ft
         if i > 1:

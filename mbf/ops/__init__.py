@@ -1,6 +1,7 @@
 """The operators of mbf: the fused LoRA layer, bases, merges, and the dropout that they share."""
 
 from mbf.ops._library import native_status, use_backend
+from mbf.ops._terms import BranchTerms
 from mbf.ops.basis import orthonormal_rows, orthonormal_rows_ref
 from mbf.ops.frozen_linear import frozen_linear, frozen_linear_ref
 from mbf.ops.lora_accumulate import lora_accumulate, lora_accumulate_ref
@@ -13,6 +14,7 @@ from mbf.ops.rsvd import rsvd, rsvd_ref
 from mbf.ops.task_boundary import task_boundary_, task_boundary_ref_
 
 __all__ = [
+    "BranchTerms",
     "GroupLayer",
     "LoraTerms",
     "MergeNorms",

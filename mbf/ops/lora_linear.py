@@ -12,7 +12,7 @@ from mbf.ops._autograd import differentiable
 from mbf.ops._gpu import by_cuda, entrance
 from mbf.ops._library import define, reference_only
 from mbf.ops._operands import SCHEMA, Branch, autocast_to, autocasts, prepare
-from mbf.ops.lora_accumulate import lora_accumulate_ref
+from mbf.ops.lora_accumulate import lora_accumulate, lora_accumulate_ref
 
 
 class LoraTerms(NamedTuple):
@@ -25,6 +25,10 @@ class LoraTerms(NamedTuple):
     mix: Tensor | None = None
     merged_B: Tensor | None = None
     merge_weight: float | Tensor | None = None
+
+    def accumulate(self, y: Tensor, x: Tensor, dropout_p: float = 0.0) -> Tensor:
+        """``lora_accumulate`` with these operands."""
+        return lora_accumulate(y, x, **self._asdict(), dropout_p=dropout_p)
 
 
 def lora_linear_ref(

@@ -11,7 +11,8 @@ from peft.tuners.lora.layer import LoraLayer, ParamWrapper
 from peft.utils.other import AuxiliaryTrainingWrapper
 from torch import Tensor, nn
 
-from mbf.ops import LoraTerms
+from mbf.ops import BranchTerms
+from mbf.peft.base_weight import dense_weight
 from mbf.peft.config import alpha_at_rank, find_home
 from mbf.peft.eligibility import adapter_reason, layer_reason
 from mbf.peft.fuse import NOT_PEFT
@@ -56,6 +57,15 @@ class AdapterLayer:
     def sharded(self) -> bool:
         """Whether A and B are kept in parts, one a process (FSDP2)."""
         return is_sharded(self.A) or is_sharded(self.B)
+
+    def weight(self) -> Tensor:
+        """W as it is, ``[d_out, d_in]`` in fp32 and without autograd; a quantised one is dequantised. A copy.
+
+        Raises:
+            TypeError: the base layer has no such weight.
+        """
+        base, transposed = self.module.get_base_layer(), bool(getattr(self.module, "fan_in_fan_out", False))
+        return dense_weight(base, self.name, transposed=transposed)
 
     def values(self) -> tuple[Tensor, Tensor]:
         """(A, B) without autograd: the parameters' own memory or, where they are sharded, gathered from all processes,
@@ -106,8 +116,11 @@ class AdapterLayer:
         module.lora_A[adapter].out_features = module.lora_B[adapter].in_features = r
         module.r[adapter], module.lora_alpha[adapter] = r, alpha
 
-    def route(self, terms: Callable[[AdapterLayer], LoraTerms] | None) -> None:
+    def route(self, terms: Callable[[AdapterLayer], BranchTerms] | None, *, own_operator: bool = False) -> None:
         """Have every forward compute with ``terms(layer)`` in place of the adapter's (A, B, s); None undoes it.
+
+        Terms of another operator than ``lora_linear`` come with ``own_operator=True``; the base layer runs as it is,
+        and they are added to its output.
 
         Works on fused and stock layers alike; the adapter's dropout applies. The adapter must be active to count, and
         disabled or merged adapters are PEFT's affair as ever.
@@ -135,7 +148,7 @@ class AdapterLayer:
         if not isinstance(module, FusedForward):
             module.__class__ = fused
             module._borrowed = True
-        module.__dict__["_routes"] = {**routes, self.adapter: Route(terms, self)}
+        module.__dict__["_routes"] = {**routes, self.adapter: Route(terms, self, own_operator)}
 
 
 def adapter_layers(model: nn.Module, adapter: str) -> list[AdapterLayer]:

@@ -11,7 +11,7 @@ import torch
 from peft.tuners.lora.layer import Linear, LoraLayer
 from torch import Tensor, nn
 
-from mbf.ops import GroupLayer, LoraTerms, lora_accumulate, lora_linear
+from mbf.ops import BranchTerms, GroupLayer, LoraTerms, lora_linear
 from mbf.peft.eligibility import _watched, call_reason
 from mbf.peft.frozen import plain_linear, trains
 from mbf.peft.groups import shared_output
@@ -22,10 +22,14 @@ Forwards inside a compiled graph are not counted."""
 
 
 class Route(NamedTuple):
-    """Terms that replace an adapter's own (A, B, s) in every forward: ``terms(layer)``."""
+    """Terms that replace an adapter's own (A, B, s) in every forward: ``terms(layer)``.
 
-    terms: Callable[[Any], LoraTerms]
+    ``own_operator``: they are not of ``lora_linear``, so no operator computes them together with the base product.
+    """
+
+    terms: Callable[[Any], BranchTerms]
     layer: Any
+    own_operator: bool = False
 
 
 class FusedForward(nn.Module):
@@ -85,7 +89,8 @@ class FusedForward(nn.Module):
         active = self._computing()
         if len(active) != 1 or _watched(self) or call_reason(self, x, active) is not None:
             return None
-        if self._borrowed and active[0] not in self._routes:
+        route = self._routes.get(active[0])
+        if route.own_operator if route is not None else self._borrowed:
             return None
         base: Any = self._modules["base_layer"]
         return active[0] if plain_linear(base, x) and not trains(base) else None
@@ -93,7 +98,7 @@ class FusedForward(nn.Module):
     def group_layer(self, adapter: str) -> GroupLayer:
         """What that call computes with."""
         base: Any = self._modules["base_layer"]
-        terms = self._terms(adapter, self._routes)
+        terms: Any = self._terms(adapter, self._routes)
         weight, bias = base._parameters["weight"], base._parameters["bias"]
         return GroupLayer(weight, terms, bias, self._dropout_p(adapter))
 
@@ -142,10 +147,12 @@ class FusedForward(nn.Module):
             if (shared := shared_output(self, x)) is not None:
                 return shared
         base: Any = self._modules["base_layer"]
-        if plain_linear(base, x):
-            first, *rest = active
+        first, *rest = active
+        route = routes.get(first)
+        if plain_linear(base, x) and (route is None or not route.own_operator):
             parameters = base._parameters
-            A, B, scale, gate, mix, merged_B, merge_weight = self._terms(first, routes)
+            terms: Any = self._terms(first, routes)
+            A, B, scale, gate, mix, merged_B, merge_weight = terms
             y = lora_linear(
                 x,
                 parameters["weight"],
@@ -162,8 +169,7 @@ class FusedForward(nn.Module):
         else:
             y, rest = self._base_output(x), active
         for adapter in rest:
-            terms = self._terms(adapter, routes)
-            y = lora_accumulate(y, x, **terms._asdict(), dropout_p=self._dropout_p(adapter))
+            y = self._terms(adapter, routes).accumulate(y, x, self._dropout_p(adapter))
         return y
 
     def _base_output(self, x: Tensor) -> Tensor:
@@ -171,7 +177,7 @@ class FusedForward(nn.Module):
         base: Any = self._modules["base_layer"]
         return base(x)
 
-    def _terms(self, adapter: str, routes: Mapping[str, Route]) -> LoraTerms:
+    def _terms(self, adapter: str, routes: Mapping[str, Route]) -> BranchTerms:
         if adapter in routes:
             route = routes[adapter]
             return route.terms(route.layer)

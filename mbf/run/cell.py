@@ -14,9 +14,6 @@ from transformers import set_seed
 
 from mbf import methods
 from mbf.continual import ContinualLora
-from mbf.continual.atomic import whole_directory
-from mbf.peft import save_adapter, whole_adapter
-from mbf.peft.sharded import reshard
 from mbf.report import RunResult, TaskMemory
 from mbf.run.checkpoint import newest
 from mbf.run.config import MethodSpec, RunConfig
@@ -84,12 +81,9 @@ class Cell:
             if number > len(self.ledger.learned):
                 self._learn(learner, number)
             self._evaluate(learner, number)
-        reshard(learner.model)
-        parameters = whole_adapter(learner.model, learner.adapter)
+        learner.export(self.directory.adapter)
         result = self._result(zero_shot)
         if self.processes.main:
-            with whole_directory(self.directory.adapter) as directory:
-                save_adapter(learner.model, learner.adapter, directory, parameters)
             write_json(self.directory.result, result.model_dump(mode="json"))
         self.processes.wait()
         return result
@@ -177,8 +171,10 @@ class Cell:
         seen_only = self.config.eval.every == "seen" and not self.joint
         for task in self.tasks[:number] if seen_only else self.tasks:
             if task not in learned.scores:
+                learner.select_task(task if task in self.tasks[:number] and not self.joint else None)
                 learned.scores[task] = self.bench.score(learner.model, self.key.name, learned.name, task)
                 self._write_ledger()
+        learner.select_task(None)
 
     def _result(self, zero_shot: dict[str, float]) -> RunResult:
         learned, facts = self.ledger.learned, self.run_directory.facts

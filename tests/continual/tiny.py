@@ -33,6 +33,11 @@ def batch(seed: int, rows: int = 4, length: int = 9) -> dict[str, torch.Tensor]:
     return {"input_ids": ids, "labels": ids}
 
 
+def batches(seed: int, count: int = 3) -> list[dict[str, torch.Tensor]]:
+    """A task's data, for methods that look at it: what ``train`` with this seed begins with."""
+    return [batch(100 * seed + step) for step in range(count)]
+
+
 def train(model: torch.nn.Module, seed: int, steps: int = 4, lr: float = 0.02) -> float:
     model.train()
     optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], lr=lr)

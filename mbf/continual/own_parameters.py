@@ -1,0 +1,29 @@
+"""Parameters that a method learns beside A and B, inside the model, where optimisers and wrappers look for them."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+
+from torch import nn
+
+NAME = "mbf_method"
+"""The submodule's name. PEFT saves what has "lora_" in its name, so these stay out of adapter files."""
+
+
+def attach(model: nn.Module, learned: Mapping[str, Sequence[nn.Parameter]]) -> None:
+    """Register ``learned`` in ``model``; without any nothing is registered.
+
+    Raises:
+        ValueError: the model has a submodule of that name already.
+    """
+    if not learned:
+        return
+    if hasattr(model, NAME):
+        raise ValueError(f"the model has {NAME!r} already: another learner is in a task; end or abandon that first")
+    model.add_module(NAME, nn.ModuleDict({name: nn.ParameterList(values) for name, values in learned.items()}))
+
+
+def detach(model: nn.Module) -> None:
+    """Undo ``attach``."""
+    if NAME in model._modules:
+        del model._modules[NAME]

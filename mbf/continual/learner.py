@@ -408,7 +408,7 @@ class ContinualLora:
         self.replicas.share([*tensors, *self.method.state_tensors()], self._device)
 
     def _forget_learned(self) -> None:
-        own_parameters.detach(self.model)
+        own_parameters.detach(self.model, self.method.learned)
         self.method.learned = {}
 
     def _adopt(self, name: str) -> None:

@@ -23,7 +23,9 @@ def attach(model: nn.Module, learned: Mapping[str, Sequence[nn.Parameter]]) -> N
     model.add_module(NAME, nn.ModuleDict({name: nn.ParameterList(values) for name, values in learned.items()}))
 
 
-def detach(model: nn.Module) -> None:
-    """Undo ``attach``."""
-    if NAME in model._modules:
+def detach(model: nn.Module, learned: Mapping[str, Sequence[nn.Parameter]]) -> None:
+    """Undo ``attach`` of these; what another learner registered stays."""
+    found = model._modules.get(NAME)
+    ours = {id(parameter) for values in learned.values() for parameter in values}
+    if found is not None and {id(parameter) for parameter in found.parameters()} == ours:
         del model._modules[NAME]

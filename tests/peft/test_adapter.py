@@ -5,7 +5,7 @@ from __future__ import annotations
 import copy
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import pytest
 import torch
@@ -303,6 +303,57 @@ def test_a_route_computes_with_its_terms(kind: str) -> None:
     assert type(module) is (FusedLinear if kind == "fused" else Linear)
     assert not {"_routes", "_borrowed"} & module.__dict__.keys()
     torch.testing.assert_close(results(module, x, dy), plain)
+
+
+class Squared(NamedTuple):
+    """Terms of an operator that is none of LoRA's: ``y + B ((A drop(x))²)``."""
+
+    A: Tensor
+    B: Tensor
+
+    def accumulate(self, y: Tensor, x: Tensor, dropout_p: float = 0.0) -> Tensor:
+        return y + nn.functional.dropout(x, dropout_p).matmul(self.A.T).square() @ self.B.T
+
+
+@pytest.mark.parametrize("kind", ["stock", "fused"])
+def test_a_route_may_have_an_operator_of_its_own(kind: str) -> None:
+    module = lora()
+    if kind == "fused":
+        module.__class__ = FusedLinear
+    layer, x = layer_of(module), torch.randn(6, 15)
+    terms = Squared(torch.randn(5, 15, requires_grad=True), torch.randn(21, 5))
+    layer.route(lambda _: terms, own_operator=True)
+    assert module.sole_adapter(x) is None  # no group can compute it
+    with took("fast", 1):
+        y = module(x)
+    expected = module.base_layer(x) + (x @ terms.A.T).square() @ terms.B.T
+    torch.testing.assert_close(y, expected)
+    gradients = [torch.autograd.grad(out.sum(), terms.A)[0] for out in (y, expected)]
+    torch.testing.assert_close(*gradients)
+    module.lora_dropout["default"] = nn.Dropout(0.5)
+    assert not torch.allclose(module(x), y)
+    module.eval()
+    torch.testing.assert_close(module(x), y)
+
+
+def test_attention_and_mlp_with_an_operator_of_its_own_compute_layer_by_layer() -> None:
+    model = llama()
+    layers = adapter_layers(model, "default")
+    fuse(model)
+    ids = tokens()
+    expected = model(ids).logits
+    for layer in layers:
+        layer.route(lambda layer: Same(LoraTerms(layer.A, layer.B, layer.scale)), own_operator=True)
+    torch.testing.assert_close(model(ids).logits, expected)
+
+
+class Same(NamedTuple):
+    """Terms of LoRA that don't look like it."""
+
+    terms: LoraTerms
+
+    def accumulate(self, y: Tensor, x: Tensor, dropout_p: float = 0.0) -> Tensor:
+        return self.terms.accumulate(y, x, dropout_p)
 
 
 def doubled(layer: Any) -> LoraTerms:

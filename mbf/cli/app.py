@@ -8,7 +8,7 @@ import typer
 from rich.markup import escape
 
 from mbf import __version__
-from mbf.cli import adapters, bench, install, runs
+from mbf.cli import adapters, bench, compare, install, runs
 from mbf.cli.errors import Commands
 
 
@@ -58,6 +58,15 @@ app.command(
     ),
 )(runs.run)
 app.command("resume", epilog=_examples("mbf resume runs/real-5"))(runs.resume)
+app.command(
+    "compare",
+    epilog=_examples(
+        "mbf compare real-5 --methods slao,seqlora,olora --orders 1,2,3 --seeds 0,1",
+        "mbf compare real-5 --methods magmax,opcm",
+        "mbf compare real-5 --methods 'slao,last-merge={name: slao, start: last_merge}' --out runs/ablation --list",
+        "mbf compare --config experiment.yaml --out runs/mine --budget 110",
+    ),
+)(compare.compare)
 app.command("report", epilog=_examples("mbf report runs/real-5 runs/mine --out comparison"))(runs.report)
 app.command(
     "merge",

@@ -77,6 +77,7 @@ class BarProgress:
         self._bars.console.print(f"{cell}: finished", markup=False)
 
     def message(self, text: str) -> None:
+        self._print_scores()
         self._bars.console.print(text, markup=False, soft_wrap=True)
 
     def _print_scores(self) -> None:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 
 from rich.console import Console
 from rich.table import Table
@@ -11,6 +11,7 @@ from rich.text import Text
 from mbf.cli.show import STYLE
 from mbf.continual.metrics import FORMULAS
 from mbf.report import RunResult, SummaryRow, summary_rows
+from mbf.report.table import CAPTION, compared, table
 
 
 def show(console: Console, runs: Sequence[RunResult]) -> None:
@@ -22,6 +23,16 @@ def show(console: Console, runs: Sequence[RunResult]) -> None:
     _print(console, "measures in %, mean ± standard deviation over orders and seeds", measures(rows, several_orders))
     for name in ["AA", "BWT", "FWT", "Forgetting", *(["OPD", "MOPD", "AOPD"] if several_orders else [])]:
         console.print(Text(f"{name}: {FORMULAS[name]}", style="dim"), soft_wrap=True)
+
+
+def comparison(console: Console, results: Sequence[RunResult], asked: Mapping[str, int]) -> None:
+    """One row a label, and what its numbers are."""
+    shown = table(compared(results, asked))
+    grid = _table(*shown.columns)
+    for label, *numbers in shown.rows:
+        grid.add_row(Text(label, style="bold"), *numbers)
+    _print(console, "comparison", grid)
+    console.print(Text(CAPTION, style="dim"), soft_wrap=True)
 
 
 def matrix(run: RunResult) -> Table:

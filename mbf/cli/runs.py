@@ -92,7 +92,7 @@ def run(
             words += ["--set", setting]
         _start(words, nproc, directory)
         return
-    with _watched(directory) as progress:
+    with watched(directory) as progress:
         results = mbf.run.run(config.model_copy(update={"output": directory}), progress, sharded=sharded)
     _show(results, directory)
 
@@ -113,7 +113,7 @@ def resume(
         RunDirectory.open(run)
         _start(["resume", str(run), *(["--sharded"] if sharded else [])], nproc, run)
         return
-    with _watched(run) as progress:
+    with watched(run) as progress:
         results = mbf.run.resume(run, progress, sharded=sharded)
     _show(results, run)
 
@@ -165,28 +165,28 @@ def _directory(config: Any) -> Path:
 
 
 @contextmanager
-def _watched(directory: Path) -> Iterator[Any]:
-    """The progress of a run; whatever breaks it off is noted with how to go on."""
+def watched(directory: Path, command: str | None = None, screen: Any = None) -> Iterator[Any]:
+    """The progress of a run; whatever breaks it off is noted with the command that goes on, by default mbf resume."""
     from mbf.cli.progress import run_progress
     from mbf.run import ConfigError
     from mbf.run.directory import RunError
     from mbf.run.launch import main_process
 
     try:
-        with run_progress(console()) if main_process() else nullcontext() as progress:
+        with run_progress(screen or console()) if main_process() else nullcontext() as progress:
             yield progress
     except (ConfigError, RunError):  # it never started
         raise
     except BaseException as error:
-        _note_resume(error, directory)
+        _note_resume(error, directory, command)
         raise
 
 
-def _note_resume(error: BaseException, directory: Path) -> None:
+def _note_resume(error: BaseException, directory: Path, command: str | None = None) -> None:
     from mbf.run.launch import main_process
 
     if (directory / "run.json").exists() and main_process():
-        vars(error).setdefault("__notes__", []).append(f"go on with: mbf resume {directory}")
+        vars(error).setdefault("__notes__", []).append(f"go on with: {command or f'mbf resume {directory}'}")
 
 
 def _show(results: Any, directory: Path) -> None:

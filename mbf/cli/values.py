@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Iterable
 from typing import Any
 
@@ -39,3 +40,34 @@ def settings(option: str, pairs: Iterable[str]) -> dict[str, Any]:
             reason = " ".join(str(error).split())
             raise typer.BadParameter(f"found {pair!r}, whose value is no YAML: {reason}", param_hint=option) from None
     return found
+
+
+def methods(option: str, text: str) -> list[str | dict[str, Any]]:
+    """``"slao,mean={name: slao, schedule: 1/i}"`` → ``["slao", {"name": "slao", "schedule": "1/i", "label": "mean"}]``.
+
+    A label stands before its method with options, which is YAML; without a name in it the label is the method's.
+    """
+    found: list[str | dict[str, Any]] = []
+    for piece in _pieces(text):
+        label, equals, mapping = (part.strip() for part in piece.partition("="))
+        if not label or (equals and not mapping.startswith("{")):
+            wanted = "wanted names with commas between them, or label={name: method, option: value}"
+            raise typer.BadParameter(f"found {piece.strip()!r} in {text!r}, {wanted}", param_hint=option)
+        if not equals:
+            found.append(label)
+            continue
+        data = settings(option, [piece])[label]
+        found.append({"name": label, **data, "label": label})
+    return found
+
+
+def _pieces(text: str) -> list[str]:
+    """Split at the commas outside braces, brackets and quotes."""
+    pieces, depth = [""], 0
+    for token in re.findall(r"\"[^\"]*\"|'[^']*'|.", text, re.DOTALL):
+        depth += (token in "{[") - (token in "}]")
+        if token == "," and depth <= 0:
+            pieces.append("")
+        else:
+            pieces[-1] += token
+    return pieces

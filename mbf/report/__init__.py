@@ -12,6 +12,7 @@ from mbf.report.result import RESULT_FILE, ResultError, RunResult, TaskMemory, l
 from mbf.report.summary import Stat, SummaryRow, summary_rows
 
 if TYPE_CHECKING:
+    from mbf.report.comparison import write_comparison
     from mbf.report.writer import write_report
 
 __all__ = [
@@ -23,6 +24,7 @@ __all__ = [
     "TaskMemory",
     "load_results",
     "summary_rows",
+    "write_comparison",
     "write_report",
 ]
 
@@ -33,4 +35,8 @@ def __getattr__(name: str) -> Any:
         from mbf.report.writer import write_report
 
         return write_report
+    if name == "write_comparison":
+        from mbf.report.comparison import write_comparison
+
+        return write_comparison
     raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

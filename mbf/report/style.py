@@ -73,11 +73,11 @@ def number(value: float | None, digits: int = 1, *, sign: bool = False) -> str:
     return text.replace("-", "−")
 
 
-def stat(value: Stat, runs: int, *, sign: bool = False) -> str:
+def stat(value: Stat, runs: int, *, sign: bool = False, digits: int = 2) -> str:
     """Mean ± sd, and how many runs have the value where not all do."""
-    text = number(value.mean, 2, sign=sign)
+    text = number(value.mean, digits, sign=sign)
     if value.sd is not None:
-        text += f" ± {value.sd:.2f}"
+        text += f" ± {value.sd:.{digits}f}"
     return text + (f" ({value.n} of {runs})" if 0 < value.n < runs else "")
 
 

@@ -35,8 +35,8 @@ class SummaryRow:
     """One method on one stream.
 
     Scores are in percent over all runs of the label; ``adapter_bytes`` and ``state_bytes`` are what was measured after
-    the last task (the largest over the runs); ``train_seconds`` is the sum over tasks of a run; ``disparity`` is None
-    where the orders have different tasks.
+    the last task (the largest over the runs); ``train_seconds`` is the sum over tasks of a run, ``task_seconds`` that
+    sum over the number of tasks; ``disparity`` is None where the orders have different tasks.
     """
 
     stream: str
@@ -54,6 +54,7 @@ class SummaryRow:
     adapter_bytes: int | None
     state_bytes: int | None
     train_seconds: Stat
+    task_seconds: Stat
     tokens_per_second: float | None
 
     def flat(self) -> dict[str, Any]:
@@ -75,6 +76,7 @@ class SummaryRow:
             "adapter_bytes": self.adapter_bytes,
             "state_bytes": self.state_bytes,
             "train_seconds": self.train_seconds.mean,
+            "task_seconds": self.task_seconds.mean,
             "tokens_per_second": self.tokens_per_second,
         }
 
@@ -166,5 +168,8 @@ def _row(runs: Sequence[RunResult]) -> SummaryRow:
         adapter_bytes=max((memory.adapter_bytes for memory in last), default=None),
         state_bytes=max((memory.state_bytes for memory in last), default=None),
         train_seconds=stat(lambda run: math.fsum(run.train_seconds) if run.train_seconds else None),
+        task_seconds=stat(
+            lambda run: math.fsum(run.train_seconds) / len(run.order_tasks) if run.train_seconds else None
+        ),
         tokens_per_second=sum(n for run in timed for n in run.train_tokens) / seconds if seconds else None,
     )

@@ -219,6 +219,15 @@ def load_config(source: str | Path, settings: Mapping[str, Any] | None = None) -
     Raises:
         ConfigError: a missing file, no YAML, an unknown key or a wrong value; one line a problem.
     """
+    return parse_config(read_source(source, settings), str(source) if Path(source).suffix else "")
+
+
+def read_source(source: str | Path, settings: Mapping[str, Any] | None = None) -> dict[str, Any]:
+    """The keys that ``load_config`` finds, only those, and before their values are checked.
+
+    Raises:
+        ConfigError: a missing file, no YAML, or a setting below a key that is no section.
+    """
     path = Path(source)
     data: dict[str, Any] = {"stream": str(source)}
     if path.suffix in (".yaml", ".yml"):
@@ -228,9 +237,14 @@ def load_config(source: str | Path, settings: Mapping[str, Any] | None = None) -
             beside = path.parent / data["stream"] if isinstance(data.get("stream"), str) else None
             if beside is not None and beside.exists():
                 data["stream"] = str(beside.resolve())
-    for key, value in (settings or {}).items():
+    return set_keys(data, settings or {})
+
+
+def set_keys(data: dict[str, Any], settings: Mapping[str, Any]) -> dict[str, Any]:
+    """``data`` with every dotted key of ``settings`` set in it."""
+    for key, value in settings.items():
         _set(data, key, value)
-    return parse_config(data, str(source) if path.suffix else "")
+    return data
 
 
 def parse_config(data: Mapping[str, Any], source: str = "") -> RunConfig:

@@ -31,6 +31,7 @@ from mbf.continual.atomic import write_file
 from mbf.run.config import RunConfig, differences, parse_config, read_yaml
 
 FORMAT = 1
+COMPARISON = "compare.json"  # in a directory of mbf compare: the cells asked for
 
 
 class RunError(ValueError):

@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from mbf.run.config import RunConfig
-from mbf.run.directory import RunDirectory, RunError, check_free, locked
+from mbf.run.directory import COMPARISON, RunDirectory, RunError, check_free, locked
 from mbf.run.progress import LogProgress, Progress, Silent
 from mbf.run.versions import versions
 
@@ -53,11 +53,12 @@ def run(config: RunConfig, progress: Progress | None = None, *, sharded: bool = 
     here.on_main(lambda: check_free(root))
     bench = here.together(lambda: Workbench(config, progress, here))
     with _locked(root, here):
-        facts = {"command": _command(), "versions": versions(), "data": bench.data_hashes()}
+        facts = {"command": command_line(), "versions": versions(), "data": bench.data_hashes()}
         return _run_cells(here.on_main(lambda: RunDirectory.create(root, config, facts)), bench, progress)
 
 
-def _command() -> str:
+def command_line() -> str:
+    """The command of this process, as a user would write it."""
     program = Path(sys.argv[0])
     return shlex.join([program.parent.name if program.name == "__main__.py" else program.name, *sys.argv[1:]])
 
@@ -90,14 +91,18 @@ def resume(directory: str | Path, progress: Progress | None = None, *, sharded: 
     here = Processes(sharded)
     progress = (progress or LogProgress()) if here.main else Silent()
     root = Path(directory)
-    found = here.on_main(lambda: RunDirectory.open(root))
+    found = here.on_main(lambda: _open_run(root))
     with _locked(root, here):
         bench = here.together(lambda: Workbench(found.config, progress, here))
-        _check_same_data(found, bench.data_hashes())
-        for name, now in versions().items():
-            if (then := found.facts["versions"].get(name)) != now:
-                progress.message(f"{name} was {then} when the run was started and is {now} now: bits may differ")
+        check_same_data(found, bench.data_hashes())
+        note_versions(found, progress)
         return _run_cells(found, bench, progress)
+
+
+def _open_run(root: Path) -> RunDirectory:
+    if (root / COMPARISON).exists():
+        raise RunError(f"{root}: holds a comparison; go on with it by mbf compare --out {shlex.quote(str(root))}")
+    return RunDirectory.open(root)
 
 
 def _run_cells(run: RunDirectory, bench: Workbench, progress: Progress) -> list[RunResult]:
@@ -118,7 +123,15 @@ def _run_cells(run: RunDirectory, bench: Workbench, progress: Progress) -> list[
     return results
 
 
-def _check_same_data(run: RunDirectory, hashes: Mapping[str, Any]) -> None:
+def note_versions(run: RunDirectory, progress: Progress) -> None:
+    """Tell what is not of the version that the run was started with."""
+    for name, now in versions().items():
+        if (then := run.facts["versions"].get(name)) != now:
+            progress.message(f"{name} was {then} when the run was started and is {now} now: bits may differ")
+
+
+def check_same_data(run: RunDirectory, hashes: Mapping[str, Any]) -> None:
+    """Raise RunError where the rows of a task are not those that the run was started with."""
     then = run.facts["data"]
     changed = [task for task in sorted(then.keys() | hashes.keys()) if then.get(task) != hashes.get(task)]
     if changed:

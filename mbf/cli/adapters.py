@@ -93,8 +93,46 @@ def methods(
             row["options"] = _options(known.get(name).Options)
         print(json.dumps(table, indent=2, ensure_ascii=False))
     else:
-        console().print(show.records("method", table))
-        console().print("The options of each, with their defaults: mbf methods --json")
+        _show_methods(table)
+
+
+HEADS = {
+    "merge": "merge rule",
+    "memory": "memory in tasks",
+    "task_id": "needs task id",
+    "foldable": "plain LoRA",
+    "grade": "source grade",
+}
+GRADES = {
+    "CODE": "the authors' public code",
+    "NOTE": "a published note that has the equations",
+    "3RD": "somebody else's implementation or formalisation",
+    "ABS": "the abstract alone, so that most of the rule is ours",
+    "standard": "common practice",
+    "paper": "the paper's own text and equations",
+}
+NOTES = (
+    "memory in tasks: all that persists, in sizes P of one LoRA, with T tasks",
+    "data free: no rows of old tasks are kept; needs task id: inference is as trained only where the task is named",
+    "plain LoRA: the result is one; otherwise what plain PEFT loads approximates it",
+    "source grade: where the rule is from; what the source leaves open is an option of ours",
+)
+_LEAST, _WIDE = 100, 160  # columns
+
+
+def _show_methods(table: dict[str, dict[str, Any]]) -> None:
+    """Nothing is cut: in a terminal of less than 100 columns, the terminal wraps. Titles and sources need more."""
+    screen = console()
+    screen.width = max(screen.width, _LEAST)
+    if screen.width < _WIDE:
+        table = {name: {k: v for k, v in row.items() if k not in ("title", "source")} for name, row in table.items()}
+    show.wrapped(screen, "method", table, HEADS)
+    for line in NOTES:
+        screen.print(line, markup=False, soft_wrap=True)
+    for grade, meaning in GRADES.items():
+        screen.print(f"  {grade:<8}  {meaning}", markup=False)
+    more = "The" if screen.width >= _WIDE else "Titles, sources and the"
+    screen.print(f"{more} options of each, with their defaults: mbf methods --json")
 
 
 def _options(model: Any) -> dict[str, Any]:

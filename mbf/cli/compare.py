@@ -25,7 +25,7 @@ def compare(
     stream: Annotated[
         str | None,
         typer.Argument(
-            metavar="[STREAM]",
+            metavar="STREAM",
             help="A packaged stream (quickstart, real-5, real-14), a folder or YAML file with tasks of your own, or a "
             "configuration. May be left out where --config or a comparison in --out has it.",
             show_default=False,

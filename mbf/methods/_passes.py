@@ -3,11 +3,14 @@
 What several methods share: second moments of layer inputs, C = mean x xᵀ, one for layers that read the same x (q, k
 and v; gate and up), and the gradients of the loss at the layers' outputs, from which every weight gradient and Fisher
 sum is made: dL/dW = Σ dy xᵀ.
+
+A pass leaves no trace: the modes of the modules, torch's random state and all ``.grad`` are what they were. Its data
+are gone through as often as a method asks, so they must be a list, a ``DataLoader`` or the like, not an iterator.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Collection, Iterator
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from typing import Any
@@ -36,7 +39,7 @@ class Moments:
     tokens: int
 
 
-def input_moments(method: Method, data: Batches, *, skip: int = 0, limit: int | None = None) -> Moments:
+def input_moments(method: Method, data: Batches | None, *, skip: int = 0, limit: int | None = None) -> Moments:
     """C = mean x xᵀ over the tokens of ``data``, padding left out.
 
     Args:
@@ -47,7 +50,7 @@ def input_moments(method: Method, data: Batches, *, skip: int = 0, limit: int | 
         limit: the number of batches to look at; None is all.
 
     Raises:
-        ValueError: no batch, or no token left.
+        ValueError: no batch, no token left, or a layer that the model did not call.
     """
     sums: dict[int, Tensor] = {}
     tokens: dict[int, int] = {}
@@ -61,19 +64,42 @@ def input_moments(method: Method, data: Batches, *, skip: int = 0, limit: int | 
     distinct = sorted(sums)
     if not all(tokens.values()):
         raise ValueError(f"method {method.name!r}: no token is left of the task's data after skipping {skip} a row")
+    _check_called(method, {n for n, source in enumerate(first) if source in sums})
     return Moments(
         [sums[n] / tokens[n] for n in distinct], [distinct.index(n) for n in first], max(tokens.values(), default=0)
     )
 
 
+def mean_gradients(method: Method, data: Batches | None, *, limit: int | None = None) -> list[Tensor]:
+    """G = dL/dW of every layer, fp32 ``[d_out, d_in]``, averaged over the batches; W itself needs no gradient.
+
+    All layers' G stand in memory at once: four bytes for every adapted weight.
+
+    Raises:
+        ValueError: no batch, no loss, or a layer that the loss does not depend on.
+    """
+    sums: dict[int, Tensor] = {}
+
+    def add(n: int, x: Tensor, dy: Tensor) -> None:
+        dy, x = dy.flatten(0, -2).float(), x.flatten(0, -2).float()
+        sums[n] = sums[n].addmm_(dy.T, x) if n in sums else dy.T @ x
+
+    count = watch_gradients(method, data, add, limit=limit)
+    _check_called(method, sums.keys())
+    return [sums[n] / count for n in range(len(method.layers))]
+
+
 @torch.no_grad()
 def watch_inputs(
-    method: Method, data: Batches, sink: InputSink, *, skip: int = 0, limit: int | None = None
+    method: Method, data: Batches | None, sink: InputSink, *, skip: int = 0, limit: int | None = None
 ) -> list[int]:
     """Give ``sink(n, x)`` every distinct layer input, x ``[tokens, d_in]`` without padding.
 
     Returns:
         For each layer the first one that reads the same x, the n under which the sink saw it.
+
+    Raises:
+        ValueError: no batch.
     """
     first = list(range(len(method.layers)))
     last: tuple[int, Tensor] | None = None
@@ -100,9 +126,12 @@ def watch_inputs(
     return first
 
 
-def watch_gradients(method: Method, data: Batches, sink: GradientSink, *, limit: int | None = None) -> int:
+def watch_gradients(method: Method, data: Batches | None, sink: GradientSink, *, limit: int | None = None) -> int:
     """Give ``sink(n, x, dy)`` each layer's input ``[batch, tokens, d_in]`` and the gradient of the batch's loss at its
     output, ``[batch, tokens, d_out]``, zero at padding. No parameter's gradient is touched.
+
+    A batch's activations are kept until its gradients are there, as in training without checkpointing. A layer that a
+    forward calls more than once is given once for every call.
 
     Returns:
         The number of batches.
@@ -110,13 +139,13 @@ def watch_gradients(method: Method, data: Batches, sink: GradientSink, *, limit:
     Raises:
         ValueError: no batch, or the model gives no loss for it.
     """
-    seen: dict[int, tuple[Tensor, Tensor]] = {}
+    seen: list[tuple[int, Tensor, Tensor]] = []
 
     def caught(n: int) -> Callable[..., None]:
         def hook(module: Any, args: tuple[Any, ...], y: Tensor) -> None:
             if not y.requires_grad:
                 y.requires_grad_()
-            seen[n] = args[0].detach(), y
+            seen.append((n, args[0].detach(), y))
 
         return hook
 
@@ -132,10 +161,10 @@ def watch_gradients(method: Method, data: Batches, sink: GradientSink, *, limit:
                     f"method {method.name!r} needs the loss of the task's data: the model gave none for a batch of "
                     f"{', '.join(sorted(batch))}; put labels into the batches"
                 )
-            gradients = torch.autograd.grad(loss, [y for _, y in seen.values()], allow_unused=True)
+            gradients = torch.autograd.grad(loss, [y for _, _, y in seen], allow_unused=True)
             keep = _tokens(batch, 0)
             with torch.no_grad():
-                for (n, (x, _)), dy in zip(seen.items(), gradients, strict=True):
+                for (n, x, _), dy in zip(seen, gradients, strict=True):
                     if dy is not None:
                         masked = dy if keep is None or keep.shape != dy.shape[:-1] else dy * keep[..., None]
                         sink(n, x, masked)
@@ -143,18 +172,34 @@ def watch_gradients(method: Method, data: Batches, sink: GradientSink, *, limit:
     return count
 
 
+def _check_called(method: Method, called: Collection[int]) -> None:
+    missing = [layer.name for n, layer in enumerate(method.layers) if n not in called]
+    if missing:
+        raise ValueError(
+            f"method {method.name!r}: the task's batches did not reach {', '.join(missing[:3])}"
+            f"{f' and {len(missing) - 3} more layers' if len(missing) > 3 else ''}; give batches that do, or adapt "
+            "other layers"
+        )
+
+
 @contextmanager
 def _as_it_is(method: Method) -> Iterator[None]:
-    """The model in eval mode: no dropout, nothing recomputed, no random number drawn."""
-    training = method.model.training
-    method.model.eval()
-    try:
-        yield
-    finally:
-        method.model.train(training)
+    """The model in eval mode: no dropout, nothing recomputed. Modes and random state are put back."""
+    training, modes = method.model.training, [(module, module.training) for module in method.model.modules()]
+    device = method.layers[0].A.device
+    with torch.random.fork_rng([device] if device.type == "cuda" else []):  # a DataLoader draws, too
+        method.model.eval()
+        try:
+            yield
+        finally:
+            method.model.train(training)  # first, as a module's own train() may do more than set the flag
+            for module, mode in modes:
+                module.training = mode
 
 
-def _batches(method: Method, data: Batches, limit: int | None) -> Iterator[dict[str, Any]]:
+def _batches(method: Method, data: Batches | None, limit: int | None) -> Iterator[dict[str, Any]]:
+    if data is None:
+        raise ValueError(f"method {method.name!r} takes statistics of the task: give its batches to end_task, too")
     device, count = method.layers[0].A.device, 0
     for count, batch in enumerate(data, 1):
         yield {name: value.to(device) if isinstance(value, Tensor) else value for name, value in batch.items()}
@@ -171,5 +216,11 @@ def _tokens(batch: dict[str, Any], skip: int) -> Tensor | None:
     """bool [batch, tokens]: which positions count. None: all."""
     mask = batch.get("attention_mask")
     if mask is None and skip:
-        mask = torch.ones_like(batch["input_ids"])
+        x = batch.get("input_ids", batch.get("inputs_embeds", batch.get("inputs")))
+        if x is None:
+            raise ValueError(
+                f"skip={skip} needs to know a batch's rows and tokens, and there is no attention_mask, input_ids or "
+                f"inputs_embeds among {', '.join(sorted(batch))}; put one in, or set skip=0"
+            )
+        mask = torch.ones(x.shape[:2], dtype=torch.int64, device=x.device)
     return None if mask is None else (mask > 0) & (mask.cumsum(1) > skip)

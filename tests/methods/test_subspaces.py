@@ -39,7 +39,7 @@ def subspace(d, k, seed=1):
     return Subspace(torch.linalg.qr(torch.randn(d, k, generator=generator)).Q)
 
 
-# -- pieces --------------------------------------------------------------------------------------------------------------
+# -- pieces ------------------------------------------------------------------------------------------------------------
 
 
 def test_left_vectors_are_those_of_the_svd_and_their_signs_are_settled():
@@ -96,7 +96,7 @@ def test_the_count_is_the_smallest_that_reaches_the_share():
     assert count_to_share(energies[:0], 0.0, 1.0, 0.5) == 0
 
 
-# -- growth --------------------------------------------------------------------------------------------------------------
+# -- growth ------------------------------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("retain", [False, True])
@@ -183,7 +183,7 @@ def test_the_whole_space_is_held_as_nothing_left():
     assert space.grown(X, 0.99) is space and space.dual() is space
 
 
-# -- rows of A -----------------------------------------------------------------------------------------------------------
+# -- rows of A ---------------------------------------------------------------------------------------------------------
 
 
 def test_rows_without_a_direction_are_zero_and_said_so():

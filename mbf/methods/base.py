@@ -163,7 +163,7 @@ class Method:
     info: ClassVar[MethodInfo]
     Options: ClassVar[type[Options]] = Options
     joint: ClassVar[bool] = False
-    needs_data: ClassVar[bool] = False
+    needs_data: bool = False
     learns: ClassVar[bool] = False
     own_operator: ClassVar[bool] = False
     adopts: ClassVar[bool] = True

@@ -23,7 +23,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from mbf.methods.base import Method
+from mbf.methods.base import Factors, Method
 
 NEGLIGIBLE = 1e-6
 """Singular values below this part of ‖X‖ are rounding: X is in fp32 as a rule."""
@@ -173,3 +173,12 @@ def warn_if_exhausted(method: Method, i: int, A: Sequence[Tensor], way_out: str)
             f"{way_out}",
             stacklevel=2,
         )
+
+
+def without_zero_rows(factors: Factors) -> Factors:
+    """The same B A without the rows of A that are zero, nor the columns of B beside them."""
+    kept = [A.any(1) for A in factors.A]
+    return Factors(
+        [A[rows] for A, rows in zip(factors.A, kept, strict=True)],
+        [B[:, columns] for B, columns in zip(factors.B, kept, strict=True)],
+    )

@@ -6,7 +6,7 @@ import pytest
 
 from mbf import __version__
 
-COMMANDS = ("run", "resume", "report", "merge", "methods", "fetch", "doctor", "bench")
+COMMANDS = ("run", "resume", "compare", "report", "merge", "methods", "fetch", "doctor", "bench")
 
 
 def test_every_command_is_listed(mbf) -> None:

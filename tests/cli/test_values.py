@@ -21,3 +21,21 @@ def test_settings_are_yaml() -> None:
 def test_no_setting(pair: str) -> None:
     with pytest.raises(typer.BadParameter, match=r"key=value|YAML"):
         values.settings("--set", [pair])
+
+
+def test_methods_with_labels_and_options() -> None:
+    assert values.methods("--methods", "slao, olora") == ["slao", "olora"]
+    text = "slao,mean={name: slao, schedule: 1/i},x={name: olora, l1: 1.0}, y = {name: a, b: [1, 2], c: 'd, }'}"
+    assert values.methods("--methods", text) == [
+        "slao",
+        {"name": "slao", "schedule": "1/i", "label": "mean"},
+        {"name": "olora", "l1": 1.0, "label": "x"},
+        {"name": "a", "b": [1, 2], "c": "d, }", "label": "y"},
+    ]
+    assert values.methods("--methods", "slao={start: zero}") == [{"name": "slao", "start": "zero", "label": "slao"}]
+
+
+@pytest.mark.parametrize("text", ["", "slao,", "x=slao", "x={name: slao", "={name: slao}", "a,,b"])
+def test_no_methods(text: str) -> None:
+    with pytest.raises(typer.BadParameter, match=r"label=|YAML"):
+        values.methods("--methods", text)

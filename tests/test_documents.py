@@ -119,11 +119,13 @@ def options_of(command: str) -> set[str]:
     return {name for option in group.commands[command].params for name in option.opts if name.startswith("--")}
 
 
-@pytest.mark.parametrize("command", ["run", "resume", "report", "merge", "bench", "doctor", "methods", "fetch"])
+@pytest.mark.parametrize(
+    "command", ["run", "resume", "compare", "report", "merge", "bench", "doctor", "methods", "fetch"]
+)
 def test_options_of_the_commands_are_those_listed(command: str) -> None:
     text = (ROOT / "docs" / "runs.md").read_text(encoding="utf-8")
-    if command == "run":
-        rows = text.split("| option of `mbf run` |")[1].split("\n\n")[0].splitlines()
+    if command in ("run", "compare"):
+        rows = text.split(f"| option of `mbf {command}` |")[1].split("\n\n")[0].splitlines()
     else:
         rows = [row for row in text.splitlines() if row.startswith("| `mbf") and f"`mbf {command}" in row]
     listed = {option for row in rows for option in re.findall(r"`(--[\w-]+)", row)}
@@ -287,6 +289,7 @@ def test_commands_are_taken_apart(tmp_path: Path, monkeypatch: pytest.MonkeyPatc
 
 def test_what_is_fast_is_executed_and_the_rest_is_not() -> None:
     assert runs_here(["run", "data", "--set", "model=tiny-random-llama"]) and runs_here(["methods", "--json"])
+    assert runs_here(["compare", "data", "--set", "model=tiny-random-llama"]) and not runs_here(["compare", "real-5"])
     assert not runs_here(["run", "quickstart"]) and not runs_here(["fetch", "real-14"]) and not runs_here(["bench"])
 
 

@@ -200,6 +200,9 @@ def runs_here(arguments: list[str]) -> bool:
     command, *rest = [word for word in arguments if not word.startswith("--")] or [""]
     if command == "run":
         return "tiny-random-llama" in " ".join(arguments) and "…" not in " ".join(arguments)
+    if command == "compare":
+        out = arguments.index("--out") + 1 if "--out" in arguments else 0
+        return "tiny-random-llama" in " ".join(arguments) or Path(arguments[out], "compare.json").exists()
     if command in ("resume", "report"):
         return bool(rest) and Path(rest[0]).exists()
     if command == "bench":

@@ -22,6 +22,7 @@ from mbf.methods.base import Batches, Method
 
 InputSink = Callable[[int, Tensor], None]
 GradientSink = Callable[[int, Tensor, Tensor], None]
+GradientForm = Callable[[int, Tensor, Tensor], Tensor]
 
 
 @dataclass
@@ -70,10 +71,19 @@ def input_moments(method: Method, data: Batches | None, *, skip: int = 0, limit:
     )
 
 
-def mean_gradients(method: Method, data: Batches | None, *, limit: int | None = None) -> list[Tensor]:
+def mean_gradients(
+    method: Method, data: Batches | None, *, limit: int | None = None, form: GradientForm | None = None
+) -> list[Tensor]:
     """G = dL/dW of every layer, fp32 ``[d_out, d_in]``, averaged over the batches; W itself needs no gradient.
 
     All layers' G stand in memory at once: four bytes for every adapted weight.
+
+    Args:
+        method: gives model and layers.
+        data: the task's batches, with labels.
+        limit: the number of batches to look at; None is all.
+        form: ``form(n, x, dy)`` instead of G = dyᵀ x of layer n, with x ``[tokens, d_in]``, dy ``[tokens, d_out]`` in
+            fp32: any linear function of G, such as dyᵀ (x Q), so that G need not be formed.
 
     Raises:
         ValueError: no batch, no loss, or a layer that the loss does not depend on.
@@ -82,7 +92,10 @@ def mean_gradients(method: Method, data: Batches | None, *, limit: int | None = 
 
     def add(n: int, x: Tensor, dy: Tensor) -> None:
         dy, x = dy.flatten(0, -2).float(), x.flatten(0, -2).float()
-        sums[n] = sums[n].addmm_(dy.T, x) if n in sums else dy.T @ x
+        if form is not None:
+            sums[n] = sums[n].add_(form(n, x, dy)) if n in sums else form(n, x, dy)
+        else:
+            sums[n] = sums[n].addmm_(dy.T, x) if n in sums else dy.T @ x
 
     count = watch_gradients(method, data, add, limit=limit)
     _check_called(method, sums.keys())

@@ -17,8 +17,9 @@ is taken is made orthogonal to U once more. All of it is computed in fp64 and st
 from __future__ import annotations
 
 import warnings
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -86,6 +87,7 @@ def root(C: Tensor) -> Tensor:
 
 def count_to_share(energies: Tensor, covered: float, total: float, share: float) -> int:
     """The smallest m with covered + Σ_{j ≤ m} energies_j ≥ share · total; all of them if that is never reached."""
+    covered = max(covered, 0.0)  # as a difference it may be rounded below
     if covered >= share * total:
         return 0
     return min(int((covered + energies.cumsum(0) < share * total).sum()) + 1, len(energies))
@@ -151,6 +153,26 @@ class Subspace:
     def _clean(self, U: Tensor, S: Tensor, norm: Tensor) -> Tensor:
         """The columns that are more than rounding, orthogonal to the subspace in fp64, too."""
         return orthonormal(self.outside(U[:, NEGLIGIBLE * norm < S]))
+
+
+# -- between tasks: what a method keeps in its state -------------------------------------------------------------------
+
+
+def to_state(spaces: Sequence[Subspace]) -> dict[str, Any]:
+    """The entries ``basis`` and ``retain`` of a method's state."""
+    retain = torch.tensor([space.retain for space in spaces], dtype=torch.int64)
+    return {"basis": [space.basis for space in spaces], "retain": retain}
+
+
+def from_state(state: Mapping[str, Any], device: torch.device) -> list[Subspace]:
+    """The inverse of ``to_state``; none before there are any."""
+    if "basis" not in state:
+        return []
+    pairs = zip(state["basis"], state["retain"].tolist(), strict=True)
+    return [Subspace(basis.to(device), bool(retain)) for basis, retain in pairs]
+
+
+# -- and in a task: rows of A ------------------------------------------------------------------------------------------
 
 
 def rows(U: Tensor, rank: int) -> Tensor:

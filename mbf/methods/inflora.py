@@ -29,12 +29,11 @@ from __future__ import annotations
 import math
 from typing import Literal
 
-import torch
 from pydantic import Field
 from torch import Tensor
 
 from mbf.methods._passes import Moments, input_moments
-from mbf.methods._subspaces import Subspace, root, rows, warn_if_exhausted, without_zero_rows
+from mbf.methods._subspaces import Subspace, from_state, root, rows, to_state, warn_if_exhausted, without_zero_rows
 from mbf.methods._summed import Summed
 from mbf.methods.base import Batches, Factors, MethodInfo, Options, register
 
@@ -60,7 +59,7 @@ class InfLora(Summed):
         trained="B_i",
         frozen="W, A_i, old A, B",
         merge="sum; A_i ⟂ inputs of old tasks",
-        memory="O(TP), at most O(d_out d_in); O(dk)",
+        memory="O(TP), at most O(d_out d_in); O(dk), k ≤ d/2",
         grade="CODE",
         source="arXiv 2404.00228",
     )
@@ -102,24 +101,18 @@ class InfLora(Summed):
             space.grown(C if self.options.energy == "C" else root(C), share).dual()
             for space, C in zip(self._spaces(moments), moments.C, strict=True)
         ]
-        self.state = {
-            **self.state,
-            "basis": [space.basis for space in spaces],
-            "retain": torch.tensor([space.retain for space in spaces], dtype=torch.int64),
-        }
+        self.state = {**self.state, **to_state(spaces)}
 
     def _moments(self, data: Batches | None) -> Moments:
         return input_moments(self, data, skip=self.options.skip, limit=self.options.batches)
 
     def _spaces(self, moments: Moments) -> list[Subspace]:
         """What is protected of each distinct input."""
-        basis, retain = self.state.get("basis"), self.state.get("retain")
-        if not isinstance(basis, list) or not isinstance(retain, Tensor):
-            return [Subspace.empty(len(C), C.device) for C in moments.C]
-        if [len(U) for U in basis] != [len(C) for C in moments.C]:
+        spaces = from_state(self.state, moments.C[0].device) or [Subspace.empty(len(C), C.device) for C in moments.C]
+        if [len(space.basis) for space in spaces] != [len(C) for C in moments.C]:
             raise ValueError(
-                f"inflora protects {len(basis)} layer inputs of widths {sorted({len(U) for U in basis})}, and the "
-                f"task's layers read {len(moments.C)} of widths {sorted({len(C) for C in moments.C})}; go on with the "
-                "model and the target modules of the earlier tasks"
+                f"inflora protects {len(spaces)} layer inputs of widths {sorted({len(s.basis) for s in spaces})}, and "
+                f"the task's layers read {len(moments.C)} of widths {sorted({len(C) for C in moments.C})}; go on with "
+                "the model and the target modules of the earlier tasks"
             )
-        return [Subspace(U.to(C.device), bool(held)) for U, C, held in zip(basis, moments.C, retain, strict=True)]
+        return spaces

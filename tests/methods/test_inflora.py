@@ -319,7 +319,8 @@ def test_a_full_basis_survives_saving(tmp_path):
 def test_other_layers_than_before_are_an_error():
     rule = method("inflora")
     learn_B(rule, 1)
-    rule.state = {**rule.state, "basis": rule.state["basis"][:1]}
+    rule.state = {key: value[:1] for key, value in rule.state.items()}
+    rule.state["ranks"] = torch.tensor([4, 4, 4])
     with pytest.raises(
         ValueError, match=r"protects 1 layer inputs of widths \[40\].*read 2 of widths \[17, 40\]; go on"
     ):

@@ -6,6 +6,7 @@
 
 #include <algorithm>
 
+#include "huge.h"
 #include "kernels.h"
 #include "lora/micro.h"
 #include "share.h"
@@ -39,27 +40,39 @@ std::vector<Tensor> packed(const std::vector<Tensor>& tensors) {
   return out;
 }
 
-std::vector<Tensor> empty_like(const std::vector<Tensor>& tensors) {
-  std::vector<Tensor> out;
-  for (const Tensor& tensor : tensors) out.push_back(empty(shape_of(tensor), tensor.scalar_type()));
-  return out;
+std::vector<linalg::Matrix> results_for(const std::vector<linalg::Matrix>& matrices, const std::vector<Tensor>& Q,
+                                        const char* op) {
+  const auto found = matrices_of(Q, op);
+  STD_TORCH_CHECK(found.size() == matrices.size(), op, ": Q must be as A is, matrix for matrix");
+  const char *begin = nullptr, *end = nullptr;  // of results that lie together
+  for (size_t n = 0; n < found.size(); ++n) {
+    const linalg::Matrix &A = matrices[n], &here = found[n];
+    STD_TORCH_CHECK(here.type == A.type && here.r == A.r && here.d == A.d, op, ": Q ", n,
+                    " must have the shape and dtype of its A");
+    const char* data = static_cast<const char*>(here.data);
+    if (data != end) {
+      ask_for_huge_pages(begin, end);
+      begin = data;
+    }
+    end = data + here.r * here.d * element_size(here.type);
+  }
+  ask_for_huge_pages(begin, end);
+  return found;
 }
 
-Tensors orthonormal_rows(Tensors A) {
+Tensor orthonormal_rows(Tensors A, Tensors Q) {
   const Tensors from = packed(A);
-  Tensors out = empty_like(A);
   const auto matrices = matrices_of(from, "orthonormal_rows");
-  const auto Q = matrices_of(out, "orthonormal_rows");
+  const auto bases = results_for(matrices, Q, "orthonormal_rows");
   const int64_t count = static_cast<int64_t>(matrices.size());
   const Tensor status = empty({count}, ScalarType::Int);
   int32_t* found = static_cast<int32_t*>(status.mutable_data_ptr());
   for_each(count, [&](int64_t n) {
     const linalg::Orthonormal rows(matrices[n]);
     found[n] = rows.status();
-    rows.write(const_cast<void*>(Q[n].data));
+    rows.write(const_cast<void*>(bases[n].data));
   });
-  out.push_back(status);
-  return out;
+  return status;
 }
 
 }  // namespace mbf::cpu

@@ -14,6 +14,9 @@ void add_matrices(const Tensor& stack, std::vector<linalg::Matrix>& to);
 std::vector<linalg::Matrix> matrices_of(const std::vector<Tensor>& stacks, const char* op);
 
 std::vector<Tensor> packed(const std::vector<Tensor>& tensors);
-std::vector<Tensor> empty_like(const std::vector<Tensor>& tensors);
+
+// The matrices of Q, which are to be written: contiguous, as the matrices of A are, and best in one piece.
+std::vector<linalg::Matrix> results_for(const std::vector<linalg::Matrix>& matrices, const std::vector<Tensor>& Q,
+                                        const char* op);
 
 }  // namespace mbf::cpu

@@ -27,7 +27,7 @@ Tensor frozen_linear_backward(Tensor dy, Tensor weight);
 void merge_(Tensors merged, Tensors finetuned, Tensor weight);
 Tensor merge_with_norms_(Tensors merged, Tensors finetuned, Tensor weight);
 
-Tensors orthonormal_rows(Tensors A);
+Tensor orthonormal_rows(Tensors A, Tensors Q);
 
 Tensors rsvd(Tensors matrices, Tensor seeds, int64_t rank, int64_t oversample, int64_t n_iter);
 Tensors svd_factors(Tensors B, Tensors A, int64_t rank);

@@ -31,13 +31,9 @@ Tensor task_boundary_(Tensors merged_A, Tensors merged_B, Tensors Q, Tensors A, 
   const Merge merge(merged_B, B, weight);
   const Tensors from = packed(A);
   const auto matrices = matrices_of(from, "task_boundary_");
-  const auto bases = matrices_of(Q, "task_boundary_");
+  const auto bases = results_for(matrices, Q, "task_boundary_");
   const int64_t layers = static_cast<int64_t>(matrices.size()), pieces = merge.pieces();
   STD_TORCH_CHECK(layers == static_cast<int64_t>(A.size()), "task_boundary_: every A must be one matrix [r, d]");
-  for (int64_t n = 0; n < layers; ++n) {
-    STD_TORCH_CHECK(bases[n].type == matrices[n].type && bases[n].r == matrices[n].r && bases[n].d == matrices[n].d,
-                    "task_boundary_: Q ", n, " must have the shape and dtype of its A");
-  }
   const Tensor status = empty({2 * layers}, ScalarType::Int);
   int32_t* found = static_cast<int32_t*>(status.mutable_data_ptr());
 

@@ -336,22 +336,23 @@ void Basis::write(const std::vector<Tensor>& Q, int32_t* status, const int32_t* 
   });
 }
 
-Tensors orthonormal_rows(Tensors A) {
-  STD_TORCH_CHECK(!A.empty(), "orthonormal_rows: no matrix");
-  Tensors from, out;
-  for (const Tensor& stack : A) {
-    from.push_back(torch::stable::contiguous(stack));
-    const auto sizes = stack.sizes();
-    out.push_back(empty_on(stack, {sizes.begin(), sizes.end()}, stack.scalar_type()));
-  }
+Tensor orthonormal_rows(Tensors A, Tensors Q) {
+  STD_TORCH_CHECK(!A.empty() && A.size() == Q.size(), "orthonormal_rows: no matrix, or not a Q for every A");
+  Tensors from;
+  for (const Tensor& stack : A) from.push_back(torch::stable::contiguous(stack));
   const Launcher launcher(A[0]);
   Basis basis(from);
+  for (size_t n = 0; n < A.size(); ++n) {
+    STD_TORCH_CHECK(Q[n].dim() == A[n].dim(), "orthonormal_rows: Q ", n, " must have the shape of its A");
+    const bool alike = Q[n].numel() == A[n].numel() && Q[n].size(-1) == A[n].size(-1) && Q[n].size(-2) == A[n].size(-2);
+    STD_TORCH_CHECK(alike && Q[n].scalar_type() == A[n].scalar_type() && Q[n].is_contiguous(), "orthonormal_rows: Q ",
+                    n, " must be contiguous and have the shape and dtype of its A");
+  }
   const Tensor status = empty_on(A[0], {basis.count()}, ScalarType::Int);
   int32_t* codes = static_cast<int32_t*>(status.mutable_data_ptr());
   basis.measure(codes, launcher.stream());
-  basis.write(out, codes, nullptr, launcher.stream());
-  out.push_back(status);
-  return out;
+  basis.write(Q, codes, nullptr, launcher.stream());
+  return status;
 }
 
 }  // namespace mbf::cuda

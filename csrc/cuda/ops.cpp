@@ -33,7 +33,7 @@ MBF_LIBRARY(MBF_NAMESPACE, m) {
         "-> (Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor)");
   m.def("merge_(Tensor(a!)[] merged, Tensor[] finetuned, Tensor weight) -> ()");
   m.def("merge_with_norms_(Tensor(a!)[] merged, Tensor[] finetuned, Tensor weight) -> Tensor");
-  m.def("orthonormal_rows(Tensor[] A) -> Tensor[]");
+  m.def("orthonormal_rows(Tensor[] A, Tensor(a!)[] Q) -> Tensor");
   m.def("sketch(Tensor seeds, int n, int columns) -> Tensor");
   m.def("svd(Tensor[] matrices) -> Tensor[]");
   m.def(

@@ -19,7 +19,7 @@ void merge_(Tensors merged, Tensors finetuned, Tensor weight);
 Tensor merge_with_norms_(Tensors merged, Tensors finetuned, Tensor weight);
 
 // basis.cu
-Tensors orthonormal_rows(Tensors A);
+Tensor orthonormal_rows(Tensors A, Tensors Q);
 
 // rsvd.cu
 Tensor sketch(Tensor seeds, int64_t n, int64_t columns);

@@ -8,6 +8,7 @@ from typing import overload
 import torch
 from torch import Tensor
 
+from mbf.ops._fresh import empty_like_all
 from mbf.ops._gpu import in_cuda
 from mbf.ops._inputs import by_device, check_matrix
 from mbf.ops._library import define, reference_only
@@ -55,18 +56,18 @@ def _complete(rows: Tensor) -> Tensor:
     return Q
 
 
-def _operator_ref(A: Sequence[Tensor]) -> list[Tensor]:
-    return [*(orthonormal_rows_ref(matrix) for matrix in A), status_of(A)]
+def _operator_ref(A: Sequence[Tensor], Q: Sequence[Tensor]) -> Tensor:
+    for matrix, basis in zip(A, Q, strict=True):
+        basis.copy_(orthonormal_rows_ref(matrix))
+    return status_of(A)
 
 
-def _fake(A: Sequence[Tensor]) -> list[Tensor]:
-    count = sum(matrix.shape[:-2].numel() for matrix in A)
-    empty = [torch.empty_like(matrix, memory_format=torch.contiguous_format) for matrix in A]
-    return [*empty, A[0].new_empty(count, dtype=torch.int32)]
+def _fake(A: Sequence[Tensor], Q: Sequence[Tensor]) -> Tensor:
+    return A[0].new_empty(sum(matrix.shape[:-2].numel() for matrix in A), dtype=torch.int32)
 
 
-# Q for every A and, last, the status of every matrix.
-define("orthonormal_rows(Tensor[] A) -> Tensor[]", _operator_ref, _fake, cuda=in_cuda("orthonormal_rows"))
+# Writes Q for every A into contiguous tensors that the caller makes; gives the status of every matrix.
+define("orthonormal_rows(Tensor[] A, Tensor(a!)[] Q) -> Tensor", _operator_ref, _fake, cuda=in_cuda("orthonormal_rows"))
 
 
 @overload
@@ -81,16 +82,17 @@ def orthonormal_rows(A: Tensor | Sequence[Tensor]) -> Tensor | list[Tensor]:
     ``R_jj = 0`` and leaves its row of Q open. It becomes the part of a unit vector (the one furthest from the rows
     before it) that is orthogonal to them, so Q is orthonormal and still spans every row of A.
 
-    All matrices are one call of a kernel: Cholesky QR with the Gram matrix in fp64, a second round of it where
-    the condition asks for that, and Householder QR in fp64 (the reference) for matrices beyond a condition of about
-    1e6. The result is as near to the exact one as torch's QR in A's dtype, and carries no gradient.
+    All matrices are one call of a kernel: Cholesky QR with the Gram matrix in fp64 (on the CPU from sums of products in
+    fp32, where the rows are far from dependent), a second round of it where the condition asks for that, and
+    Householder QR in fp64 (the reference) for matrices beyond a condition of about 1e6. The result is as near to the
+    exact one as torch's QR in A's dtype, and carries no gradient.
 
     Args:
         A: ``[..., r, d]`` with 1 ≤ r ≤ d in fp64, fp32, bf16 or fp16; or a list of them, which may differ in shape,
             dtype and device.
 
     Returns:
-        Q with A's shape, dtype and device; a list for a list.
+        Q with A's shape, dtype and device; a list for a list, whose tensors may be parts of one allocation.
 
     Raises:
         TypeError: for anything but such tensors.
@@ -107,10 +109,8 @@ def _orthonormal_rows(A: list[Tensor], names: list[str]) -> list[Tensor]:
     found: dict[int, Tensor] = {}
     for here in by_device(A):
         matrices = [A[n].detach() for n in here]
-        if reference_only():
-            *Q, status = _operator_ref(matrices)
-        else:
-            *Q, status = torch.ops.mbf.orthonormal_rows(matrices)
+        Q = empty_like_all(matrices)
+        status = (_operator_ref if reference_only() else torch.ops.mbf.orthonormal_rows.default)(matrices, Q)
         settle(matrices, Q, status, [names[n] for n in here])
         found.update(zip(here, Q, strict=True))
     return [found[n] for n in range(len(A))]

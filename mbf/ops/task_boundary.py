@@ -7,6 +7,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
+from mbf.ops._fresh import empty_like_all
 from mbf.ops._gpu import in_cuda
 from mbf.ops._inputs import by_device
 from mbf.ops._library import define, reference_only
@@ -71,7 +72,8 @@ def task_boundary_(merged: Pairs, finetuned: Pairs, weight: float | Tensor) -> l
         weight: λ, a finite number or a 0-d floating tensor on any device; the paper's is 1/√i.
 
     Returns:
-        Q for every layer, with the shape, dtype and device of its A_ft; see ``orthonormal_rows``.
+        Q for every layer, with the shape, dtype and device of its A_ft, possibly parts of one allocation; see
+        ``orthonormal_rows``.
 
     Raises:
         TypeError: for anything but such tensors.
@@ -91,7 +93,7 @@ def task_boundary_(merged: Pairs, finetuned: Pairs, weight: float | Tensor) -> l
     with torch.no_grad():
         for here in groups:
             M_A, M_B, A_ft, B_ft = ([tensors[n] for n in here] for tensors in (merged_A, merged_B, A, B))
-            Q = [torch.empty_like(matrix, memory_format=torch.contiguous_format) for matrix in A_ft]
+            Q = empty_like_all(A_ft)
             operator = task_boundary_ref_ if reference_only() else torch.ops.mbf.task_boundary_.default
             status = operator(M_A, M_B, Q, A_ft, B_ft, weight.to(Q[0].device))
             if status.any():

@@ -30,12 +30,18 @@ def poison(like):
         torch.full_like(tensor, torch.nan)
 
 
+def rows(cuda, A):
+    """Q of every matrix, written into memory full of NaN, and the status of all."""
+    Q = [torch.full_like(matrix, torch.nan, memory_format=torch.contiguous_format) for matrix in A]
+    return *Q, cuda.orthonormal_rows(A, Q)
+
+
 @pytest.mark.parametrize("shape", SHAPES, ids=str)
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 def test_rows_are_those_of_qr(cuda, shape, dtype):
     A = torch.randn(shape).to(dtype)
     poison([A])
-    Q, status = cuda.orthonormal_rows([A])
+    Q, status = rows(cuda, [A])
     assert Q.dtype == dtype and Q.shape == A.shape and Q.is_contiguous()
     assert status.tolist() == [0] * A.shape[:-2].numel()
     exact = orthonormal_rows_ref(A.double())
@@ -51,7 +57,7 @@ def test_up_to_a_condition_of_a_million(cuda, condition, dtype):
     A = with_condition(16, 500, condition).to(dtype)
     if dtype == torch.bfloat16 and condition > 1e2:
         A = A * torch.logspace(-3, 3, 16, dtype=torch.float64).to(dtype)[:, None]  # rows of other lengths
-    Q, status = cuda.orthonormal_rows([A])
+    Q, status = rows(cuda, [A])
     assert status.tolist() == [0]
     assert off_identity(Q) <= {torch.float64: 1e-13, torch.float32: 5e-7, torch.bfloat16: 2**-7}[dtype]
     exact = orthonormal_rows_ref(A.double())
@@ -66,21 +72,21 @@ def test_up_to_a_condition_of_a_million(cuda, condition, dtype):
 def test_a_list_of_mixed_shapes_and_dtypes(cuda, order, traffic):
     A = [torch.randn(r, d).to(dtype) for r, d in ((8, 900), (5, 7), (33, 64)) for dtype in DTYPES]
     A += [torch.randn(64, 8).mT, torch.randn(4, 2, 50)[:, 1:], torch.randn(3 * 70 + 1)[1:].view(3, 70)]
-    *Q, status = cuda.orthonormal_rows(A)
+    *Q, status = rows(cuda, A)
     assert not status.any() and len(status) == 17 + 3 - 2
     for q, a in zip(Q, A, strict=True):
         torch.testing.assert_close(
             q.double(), orthonormal_rows_ref(a.double()), rtol=0, atol=2 * torch.finfo(a.dtype).eps
         )
     cuda.seed(0)
-    *again, _ = cuda.orthonormal_rows(A)
+    *again, _ = rows(cuda, A)
     assert all(torch.equal(a, b) for a, b in zip(Q, again, strict=True))
     assert traffic()["apply_kernel"].launches == 8  # one a dtype
 
 
 def test_more_matrices_than_a_launch_holds(cuda):
     A = torch.randn(150, 2, 40)
-    *Q, status = cuda.orthonormal_rows([*A[:100], A[100:]])
+    *Q, status = rows(cuda, [*A[:100], A[100:]])
     assert not status.any() and len(status) == 150
     assert off_identity(torch.cat([torch.stack(Q[:100]), Q[100]])) <= 1e-6
 
@@ -90,7 +96,7 @@ def test_more_matrices_than_a_launch_holds(cuda):
 def test_what_is_not_finite_is_told(cuda, dtype, value):
     A = torch.randn(3, 4, 2100).to(dtype)
     A[1, 3, 2099] = value
-    Q, status = cuda.orthonormal_rows([A])
+    Q, status = rows(cuda, [A])
     assert status.tolist() == [0, 2, 0]
     assert Q[1].isnan().all() and off_identity(Q[::2]) <= max(4 * torch.finfo(dtype).eps, 1e-14)
 
@@ -101,18 +107,18 @@ def test_dependent_zero_and_extreme_rows_are_given_up(cuda):
     A[2, 1] = 0
     A[3] *= 1e-150
     A[4] *= 1e150
-    Q, status = cuda.orthonormal_rows([A])
+    Q, status = rows(cuda, [A])
     assert status.tolist() == [0, 1, 1, 1, 1, 0]
     assert Q[1:5].isnan().all() and not Q[::5].isnan().any()
     tall = torch.randn(200, 210)  # more rows than shared memory holds
-    Q, status = cuda.orthonormal_rows([tall])
+    Q, status = rows(cuda, [tall])
     assert status.tolist() == [1] and Q.isnan().all()
 
 
 def test_a_matrix_is_read_twice_and_written_once(cuda, traffic):
     """The second round is decided on the device, and costs nothing where it isn't made."""
     A = torch.randn(8, 4096)
-    cuda.orthonormal_rows([A])
+    rows(cuda, [A])
     found = traffic()
     gram = found["gram_kernel"]
     assert gram.loaded == A.numel() * 4 + 4 * 31 * 36 * 8 + 8 * 4 * 256  # and the shares so far, and flags of round 2
@@ -125,4 +131,4 @@ def test_a_matrix_is_read_twice_and_written_once(cuda, traffic):
 )
 def test_what_it_cannot_compute_is_refused(cuda, A, message):
     with pytest.raises(RuntimeError, match=message):
-        cuda.orthonormal_rows(A)
+        rows(cuda, A)

@@ -157,32 +157,31 @@ def test_errors_name_the_matrix(backend, A, error, message):
 def test_the_operator_itself_never_hides_nan(dtype, value):
     A = torch.randn(2, 3, 40).to(dtype)
     A[1, 2, 39] = value
-    Q, status = torch.ops.mbf.orthonormal_rows([A])
+    (Q,), status = operator([A])
     assert gram_error(Q[0]) <= 2 * torch.finfo(dtype).eps
     assert status.tolist() == [0, 2]
 
 
-def spoilt(A):
-    """``empty_like`` gives what was freed last: NaN then, if a kernel leaves a number unwritten."""
-    del_me = torch.full_like(A, torch.nan)
-    del del_me
+def operator(A):
+    """What the operator writes into memory full of NaN, and what it says of it."""
+    Q = [torch.full_like(matrix, torch.nan, memory_format=torch.contiguous_format) for matrix in A]
+    return Q, torch.ops.mbf.orthonormal_rows(A, Q)
 
 
-# What of the fast path each of these takes: Q in fp32, Q in fp64, a second round, none.
+# What of the fast path each of these takes: all in fp32, Q in fp32, Q in fp64, a second round, none.
 @native
 @pytest.mark.parametrize(
     ("condition", "dtype", "status"),
     [
-        *((condition, torch.float32, 0) for condition in (1, 30, 1e4, 1e6)),
+        *((condition, torch.float32, 0) for condition in (1, 2, 3, 30, 1e4, 1e6)),
         (1, torch.bfloat16, 0),
         *((1, torch.float64, 0), (1e5, torch.float64, 0), (1e9, torch.float64, 1)),
     ],
 )
-@pytest.mark.parametrize("shape", [(8, 500), (16, 4096), (3, 63), (64, 576), (130, 300)], ids=str)
+@pytest.mark.parametrize("shape", [(8, 500), (16, 4096), (3, 63), (64, 576), (64, 2500), (130, 300)], ids=str)
 def test_the_fast_path_up_to_a_condition_of_a_million(shape, condition, dtype, status):
     A = with_condition(*shape, condition).to(dtype)
-    spoilt(A)
-    Q, found = torch.ops.mbf.orthonormal_rows([A])
+    (Q,), found = operator([A])
     assert found.tolist() == [status]
     if status == 0:
         rounding = {torch.float64: 1e-13, torch.float32: 5e-7, torch.bfloat16: 2**-8}[dtype]
@@ -236,7 +235,37 @@ def test_opcheck(case):
         "batched transposed fp16": torch.randn(2, 9, 4).mT.half(),
         "strided": torch.randn(4, 2, 9)[:, 1],
     }[case]
-    torch.library.opcheck(torch.ops.mbf.orthonormal_rows.default, ([A, torch.randn(2, 5)],))
+    inputs = [A, torch.randn(2, 5)]
+    Q = [torch.empty_like(matrix, memory_format=torch.contiguous_format) for matrix in inputs]
+    torch.library.opcheck(torch.ops.mbf.orthonormal_rows.default, (inputs, Q))
+
+
+@native
+@pytest.mark.parametrize(
+    "Q", [torch.empty(3, 8), torch.empty(3, 9, dtype=torch.float64), torch.empty(9, 3).mT, torch.empty(2, 3, 9)]
+)
+def test_results_that_do_not_fit_are_refused(Q):
+    with pytest.raises(RuntimeError, match=r"Q 0 must have the shape|contiguous|matrix for matrix"):
+        torch.ops.mbf.orthonormal_rows([torch.randn(3, 9)], [Q])
+
+
+def test_large_results_of_one_call_lie_together():
+    """One allocation a dtype, begun on a huge page; none where that is not worth it."""
+    A = [torch.randn(r, 4096).to(dtype) for r in (3, 40) for dtype in (torch.float32, torch.bfloat16)] * 8
+    Q = orthonormal_rows(A)
+    for dtype in (torch.float32, torch.bfloat16):
+        same = [q for q in Q if q.dtype == dtype]
+        assert len({q.untyped_storage().data_ptr() for q in same}) == (1 if dtype == torch.float32 else 16)
+        assert all(q.is_contiguous() and gram_error(q) <= 2 * torch.finfo(dtype).eps for q in same)
+        assert len({q.data_ptr() for q in same}) == 16
+    assert Q[0].data_ptr() % (1 << 21) == 0
+    assert all(torch.equal(q, orthonormal_rows(matrix)) for q, matrix in zip(Q, A, strict=True))
+
+
+@pytest.mark.parametrize("scale", [1e-15, 1e-13, 1e13, 1e15])
+def test_rows_whose_products_leave_fp32(backend, scale):
+    A = torch.randn(5, 700)
+    torch.testing.assert_close(orthonormal_rows(A * scale), orthonormal_rows(A), rtol=0, atol=3e-7)
 
 
 @settings(max_examples=40, deadline=None)

@@ -20,11 +20,17 @@ constexpr double kOneRound = 3e3;  // the condition up to which one round leaves
 constexpr double kInFloats = 2;    // the length of L⁻¹'s rows up to which Q = L⁻¹ A loses nothing in fp32
 constexpr double kFloatLengths[2] = {1e-30, 1e30};  // of rows whose inverses fp32 holds to its last place
 constexpr double kSquares[2] = {1e-280, 1e280};     // within which the Gram's diagonal means what it says
+constexpr int64_t kFloatDepth = 512;                // numbers of a row whose products are summed in fp32
+constexpr double kGramInFloats = 1.5;  // the length of L⁻¹'s rows up to which that leaves Q Qᵀ − I below 1e-7
+constexpr double kFloatSquares[2] = {1e-24, 1e24};  // within which sums of products in fp32 lose nothing
 
 // Rows of so many numbers, and never a power of two apart, where they would share few sets of the caches.
 int64_t padded(int64_t columns) { return (columns + 15) / 16 * 16 + 8; }
 
 int64_t block_columns(int64_t r) { return std::max<int64_t>(64, kBlock / r / 8 * 8); }
+
+// The same in fp32, in half the memory of two blocks.
+int64_t float_columns(int64_t r) { return 2 * block_columns(r); }
 
 // Memory of the calling thread, which lasts: two blocks, and what a panel of a triangle takes.
 struct Memory {
@@ -121,6 +127,23 @@ void add_gram(const double* X, int64_t r, int64_t ld, Memory& memory, double* gr
   }
 }
 
+// The same from rows in fp32, padded with zeros: products of kFloatDepth numbers are summed in fp32, and these sums in
+// fp64. So the rounding errors of a sum of many products stay apart, and it is good to about 1e-8 of the lengths.
+void add_gram(const float* X, int64_t r, int64_t columns, int64_t ld, Memory& memory, double* gram) {
+  float* sums = reinterpret_cast<float*>(memory.panel.get());
+  for (int64_t from = 0; from < columns; from += kFloatDepth) {
+    const int64_t depth = std::min(kFloatDepth, columns - from);
+    for (int64_t first = 0; first < r; first += kGramPanel) {
+      const int64_t rows = std::min(kGramPanel, r - first), some = std::min(r, (first + rows + 3) / 4 * 4);
+      const Rows panel{const_cast<float*>(X) + first * ld + from, ScalarType::Float, ld};
+      micro<float>().project(panel, rows, depth, X + from, ld, some, {}, sums);
+      for (int64_t t = 0; t < rows; ++t) {
+        for (int64_t j = 0; j < some; ++j) gram[(first + t) * r + j] += sums[t * some + j];
+      }
+    }
+  }
+}
+
 // Y = T X for a lower triangle T [r, r].
 void apply(const double* T, const double* X, int64_t r, int64_t ld, Memory& memory, double* Y) {
   double* factors = memory.panel.get();
@@ -131,13 +154,22 @@ void apply(const double* T, const double* X, int64_t r, int64_t ld, Memory& memo
   }
 }
 
-// The same in fp32 for columns of A, where Q lies.
-void apply_in_floats(const std::vector<float>& T, const Matrix& A, int64_t first, int64_t columns, Memory& memory,
-                     void* Q) {
-  const Micro<float>& loops = micro<float>();
+// Columns `first` .. of A in fp32 as rows of padded(columns) numbers, the last ones zero.
+const float* floats(const Matrix& A, int64_t first, int64_t columns, Memory& memory) {
   const int64_t ld = padded(columns);
   float* rows = reinterpret_cast<float*>(memory.blocks[0].get());
-  for (int64_t t = 0; t < A.r; ++t) loops.widen(element(A, t, first), A.type, columns, rows + t * ld);
+  for (int64_t t = 0; t < A.r; ++t) {
+    micro<float>().widen(element(A, t, first), A.type, columns, rows + t * ld);
+    std::fill(rows + t * ld + columns, rows + (t + 1) * ld, 0.0f);
+  }
+  return rows;
+}
+
+// The same in fp32 for columns of A, where Q lies.
+void apply_in_floats(const std::vector<float>& T, const float* rows, const Matrix& A, int64_t first, int64_t columns,
+                     Memory& memory, void* Q) {
+  const Micro<float>& loops = micro<float>();
+  const int64_t ld = padded(columns);
   float* factors = reinterpret_cast<float*>(memory.panel.get());
   const int64_t begin = element(A, 0, first) - static_cast<const char*>(A.data);
   for (int64_t panel = 0; panel < A.r; panel += kPanel) {
@@ -169,6 +201,7 @@ void in_blocks(const Matrix& A, const std::vector<double>& T, const std::vector<
 }  // namespace
 
 Orthonormal::Orthonormal(Matrix A) : A_(A), length_(A.r) {
+  if (A.type != ScalarType::Double && try_in_floats()) return;
   const int64_t r = A.r;
   std::vector<double> gram(r * r);
   const auto measure = [&](int64_t, int64_t, const double* X, int64_t ld, Memory& memory) {
@@ -183,20 +216,11 @@ Orthonormal::Orthonormal(Matrix A) : A_(A), length_(A.r) {
     }
     length_[i] = std::sqrt(square);
   }
-  for (int64_t i = 0; i < r; ++i) {
-    for (int64_t j = 0; j < i; ++j) {
-      gram[j * r + i] = gram[i * r + j] /= length_[i] * length_[j];
-    }
-    gram[i * r + i] = 1;
-  }
+  scale_to_unit(gram);
   const double condition = factor_round(gram, 0);
   if (status_ != kDone) return;
-  double longest = 0;
-  for (int64_t i = 0; i < r; ++i) {
-    double* row = &inverse_[0][i * r];
-    longest = std::max(longest, std::sqrt(std::inner_product(row, row + i + 1, row, 0.0)));
-    for (int64_t j = 0; j <= i; ++j) row[j] /= length_[j];
-  }
+  const double longest = longest_row();
+  fold_lengths();
   if (A.type != ScalarType::Double && condition <= kOneRound) {
     const auto [least, most] = std::minmax_element(length_.begin(), length_.end());
     if (longest <= kInFloats && *least >= kFloatLengths[0] && *most <= kFloatLengths[1]) {
@@ -210,6 +234,57 @@ Orthonormal::Orthonormal(Matrix A) : A_(A), length_(A.r) {
     for (int64_t j = 0; j < i; ++j) gram[j * r + i] = gram[i * r + j];
   }
   factor_round(gram, 1);
+}
+
+// The Gram matrix of the rows at unit length, both triangles.
+void Orthonormal::scale_to_unit(std::vector<double>& gram) const {
+  const int64_t r = A_.r;
+  for (int64_t i = 0; i < r; ++i) {
+    for (int64_t j = 0; j < i; ++j) gram[j * r + i] = gram[i * r + j] /= length_[i] * length_[j];
+    gram[i * r + i] = 1;
+  }
+}
+
+// The greatest length of a row of the first round's L⁻¹.
+double Orthonormal::longest_row() const {
+  double longest = 0;
+  for (int64_t i = 0; i < A_.r; ++i) {
+    const double* row = &inverse_[0][i * A_.r];
+    longest = std::max(longest, std::sqrt(std::inner_product(row, row + i + 1, row, 0.0)));
+  }
+  return longest;
+}
+
+void Orthonormal::fold_lengths() {
+  for (int64_t i = 0; i < A_.r; ++i) {
+    for (int64_t j = 0; j <= i; ++j) inverse_[0][i * A_.r + j] /= length_[j];
+  }
+}
+
+bool Orthonormal::try_in_floats() {
+  const int64_t r = A_.r, most = float_columns(r);
+  std::vector<double> gram(r * r);
+  Memory& memory = Memory::of(r);
+  const float* rows = nullptr;
+  for (int64_t first = 0; first < A_.d; first += most) {
+    const int64_t columns = std::min(most, A_.d - first);
+    rows = floats(A_, first, columns, memory);
+    add_gram(rows, r, columns, padded(columns), memory, gram.data());
+  }
+  for (int64_t i = 0; i < r; ++i) {
+    const double square = gram[i * r + i];
+    if (!(square >= kFloatSquares[0] && square <= kFloatSquares[1])) return false;
+    length_[i] = std::sqrt(square);
+  }
+  scale_to_unit(gram);
+  if (!std::isfinite(factor_round(gram, 0)) || !(longest_row() <= kGramInFloats)) {
+    status_ = kDone;
+    return false;
+  }
+  fold_lengths();
+  in_floats_.assign(inverse_[0].begin(), inverse_[0].end());
+  if (A_.d <= most) rows_ = rows;
+  return true;
 }
 
 double Orthonormal::factor_round(std::vector<double>& gram, int round) {
@@ -230,9 +305,11 @@ void Orthonormal::write(void* Q) const {
     return;
   }
   Memory& memory = Memory::of(A_.r);
-  const int64_t most = block_columns(A_.r);
+  const int64_t most = float_columns(A_.r);
   for (int64_t first = 0; first < A_.d; first += most) {
-    apply_in_floats(in_floats_, A_, first, std::min(most, A_.d - first), memory, Q);
+    const int64_t columns = std::min(most, A_.d - first);
+    const float* rows = rows_ != nullptr ? rows_ : floats(A_, first, columns, memory);
+    apply_in_floats(in_floats_, rows, A_, first, columns, memory, Q);
   }
 }
 

@@ -3,8 +3,9 @@
 // The rows are scaled to unit length by the diagonal of their Gram matrix, G = A Aᵀ; then G = L Lᵀ and Q = L⁻¹ A. That
 // leaves Q Qᵀ − I of about ε κ² (ε of fp64). Where κ makes that matter for the dtype asked for, the same is done once
 // more with Q in place of A ("CholeskyQR2"), which leaves ε alone. Rows too close to dependent are given up with a
-// flag. Where L⁻¹ hardly enlarges what it meets, as with the rows of a LoRA, Q is made in fp32. A is read twice, or
-// three times with the second round, in blocks of columns that stay in the second-level cache.
+// flag. Where L⁻¹ hardly enlarges what it meets, as with the rows of a LoRA, both the Gram matrix and Q are made in
+// fp32, or Q alone. A is read twice, or three times with the second round, in blocks of columns that stay in the
+// second-level cache.
 #pragma once
 
 #include <cstdint>
@@ -41,12 +42,17 @@ class Orthonormal {
   void write_factor(double* L) const;
 
  private:
+  bool try_in_floats();  // false, and nothing has happened, unless the rows are far from dependent
   double factor_round(std::vector<double>& gram, int round);
+  void scale_to_unit(std::vector<double>& gram) const;
+  double longest_row() const;
+  void fold_lengths();
 
   Matrix A_;
   Status status_ = kDone;
   std::vector<double> length_;      // of the rows
   std::vector<float> in_floats_;    // L⁻¹ where fp32 does for Q
+  const float* rows_ = nullptr;     // A in fp32 in the thread's scratch memory, if it is still there as a whole
   std::vector<double> upper_[2];    // Lᵀ of both rounds
   std::vector<double> inverse_[2];  // L⁻¹ of both rounds, the lengths folded into the first; the second may be empty
 };

@@ -5,6 +5,7 @@ RUN ?= quickstart --method slao,seqlora
 PYTEST ?= -n 2 --dist loadfile
 BENCH ?= bench/*.py
 PEFT_SUITE ?=
+METHODS ?= --budget 110
 
 # The first Python that is new enough and can make virtual environments; `make PYTHON=/path/to/python3` overrides.
 PYTHON ?= $(shell for p in python3 python3.11 python3.12 python3.13 python3.14 python3.10; do \
@@ -17,7 +18,7 @@ native := setup.py csrc/ops.cpp csrc/portable.cpp csrc/portable.map $(shell find
 export HF_HUB_DISABLE_TELEMETRY := 1
 
 .DEFAULT_GOAL := help
-.PHONY: help run test peft-suite lint emulation wheel wheel-check bench docs docs-serve clean
+.PHONY: help run test peft-suite lint emulation wheel wheel-check bench methods docs docs-serve clean
 .DELETE_ON_ERROR:
 .NOTPARALLEL:
 
@@ -72,6 +73,9 @@ docs-serve: $(done)/docs ## the documentation on http://127.0.0.1:8000, built an
 
 bench: $(done)/dev $(done)/native ## the benchmarks of bench/, or those of BENCH
 	$(bin)/python -m pytest $(BENCH)
+
+methods: $(done)/run $(done)/native ## all methods on real-5, a piece of METHODS (110 minutes) a call; at the end into bench/results/methods
+	$(bin)/python bench/methods.py $(METHODS)
 
 clean: ## remove what make built, the environment included; runs/ and the cache of models and data stay
 	rm -rf $(VENV) build dist site *.egg-info mbf/_C*.so mbf/_cuda*.so .mypy_cache .ruff_cache .pytest_cache .hypothesis .benchmarks

@@ -168,6 +168,22 @@ def test_rounding_is_never_taken_for_a_direction(retain):
     assert space.grown(X, 1.0) is space
 
 
+@pytest.mark.parametrize("retain", [False, True])
+def test_what_is_taken_is_outside_even_where_rounding_is_near(retain):
+    """A direction with 3·10⁻⁶ of the norm, beside a residual of 10⁻⁷ that is rounding: orthogonal all the same."""
+    torch.manual_seed(2)
+    space = Subspace(torch.linalg.qr(torch.randn(200, 90)).Q)
+    new = space.leading(torch.randn(200, 1))
+    X = (space.basis @ torch.linalg.qr(torch.randn(90, 90)).Q[:, :30]).double()
+    X = (X + 2e-5 * new @ torch.randn(1, 30).double() / 30**0.5).float()
+    space = Subspace(complement(space.basis), retain=True) if retain else space
+    found = space.leading(X, 1)
+    assert found.shape == (200, 1) and abs(float(new.mT @ found)) > 0.9
+    assert (projector(space) @ found).norm() < 2e-7
+    grown = space.grown(X, 1.0)
+    torch.testing.assert_close(grown.basis.mT @ grown.basis, torch.eye(grown.basis.shape[1]), rtol=0, atol=1e-6)
+
+
 def test_a_share_of_one_takes_every_direction_of_the_data_and_no_other():
     X = matrix(16, 40, rank=5)
     space = Subspace.empty(16, torch.device("cpu")).grown(X, 1.0)

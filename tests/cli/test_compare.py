@@ -81,7 +81,9 @@ def test_list_runs_nothing(mbf, copy: Path) -> None:
     assert found["cells"][1]["options"] == {"start": "last_merge"}
 
 
-def test_json_is_all_that_stands_on_stdout(mbf, copy: Path) -> None:
+def test_json_is_all_that_stands_on_stdout(mbf, copy: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("FORCE_COLOR", "1")  # as on a terminal, where bars are drawn
+    (copy / "cells" / "slao-order1-seed0" / "result.json").unlink()
     found = json.loads(mbf("compare", "--out", copy, "--json").stdout)
     assert {line["label"] for line in found["rows"]} == {"slao", "last-merge"}
     assert (found["failed"], found["left"], found["report"]) == ({}, [], f"{copy}/report/report.html")

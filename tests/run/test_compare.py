@@ -424,8 +424,9 @@ def child(settings: dict[str, Any], root: Path, at: int | None, log: Path) -> No
     for name in ("write_report", "write_comparison"):
         setattr(mbf.report, name, lambda results, directory, **_: directory)
     config = parse_config(settings | {"output": root})
-    compare(config, bomb)
-    compare(config.model_copy(update={"seeds": [1]}), bomb)  # the directory grows
+    for seed in (0, 1):  # the directory grows
+        found = compare(config.model_copy(update={"seeds": [seed]}), bomb)
+        bomb.write("failed", *found.failed)  # and would be run again, so that the end would not show it
     bomb.at = None
     bomb.write("events", bomb.count)
 
@@ -457,6 +458,10 @@ def test_killed_anywhere_the_same_call_goes_on(unbroken, tmp_path: Path, moment:
     found = outcome(root)
     assert found == wanted, f"killed at event {at} of {events}"
     assert len([name for name in found if name.endswith("result.json")]) == 4
+    told = log.read_text().splitlines()
+    assert {line for line in told if line.startswith("failed")} == {"failed"}
+    # 4 cells, 3 tasks, 2 steps; only a task whose checkpoint was not written yet is learned again
+    assert 24 <= len([line for line in told if line.startswith("step")]) <= 24 + 2
 
 
 @pytest.mark.parametrize("event", [1, 4, 9, 14])

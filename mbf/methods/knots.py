@@ -14,7 +14,8 @@ which on Z is that on dW. λ = 0.5 and ``top`` of everything are the authors' fo
 DARE).
 
 The SVD is that of a core of rank Σ r_t, never of a [d_out, T d_in] matrix: with [B_1 .. B_T] = Q R and A_t = L_t Q_t,
-R blockdiag(L_t) = u S vᵀ, it is U = Q u and Z_t = uᵀ R_t A_t, R_t the columns of R that belong to task t.
+R blockdiag(A_t) has the left singular vectors u of [R_1 L_1 .. R_T L_T], R_t the columns of R that belong to task t; so
+U = Q u and Z_t = uᵀ R_t A_t.
 
 Ours: the rule merges all tasks at once and says nothing of a sequence; here every LoRA is kept and the merge made anew
 after each task. Entries whose sum is exactly zero take the majority's sign of their layer, in the authors' code that of
@@ -58,10 +59,10 @@ def align(tasks: Sequence[Pair], scale: float, threshold: float) -> tuple[Tensor
         U [d_out, k] with orthonormal columns, and Z [T, k, d_in], with ``B_t A_t = U Z[t]``.
     """
     Q, R = torch.linalg.qr(torch.cat([B for _, B in tasks], dim=1).double())
-    L = [torch.linalg.qr(A.double().mT).R.mT for A, _ in tasks]
-    u, S, _ = torch.linalg.svd(R @ torch.block_diag(*L), full_matrices=False)
-    u = u[:, : max(1, int((abs(scale) * S > threshold).sum()))]
     blocks = R.split([A.shape[0] for A, _ in tasks], dim=1)
+    core = [R_t @ torch.linalg.qr(A.double().mT).R.mT for R_t, (A, _) in zip(blocks, tasks, strict=True)]
+    u, S, _ = torch.linalg.svd(torch.cat(core, dim=1), full_matrices=False)
+    u = u[:, : max(1, int((abs(scale) * S > threshold).sum()))]
     Z = [(u.mT @ R_t) @ A.double() for R_t, (A, _) in zip(blocks, tasks, strict=True)]
     return Q @ u, torch.stack(Z)
 

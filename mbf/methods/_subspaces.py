@@ -41,6 +41,8 @@ def signed(U: Tensor) -> Tensor:
 def left_vectors(X: Tensor, rank: int | None = None) -> tuple[Tensor, Tensor]:
     """Leading left singular vectors of X.
 
+    From X Xᵀ where X is wide, which is several times faster; in fp64 that settles S to 10⁻⁸ ‖X‖.
+
     Args:
         X: [d, n].
         rank: how many; None is all, min(d, n).
@@ -56,7 +58,12 @@ def left_vectors(X: Tensor, rank: int | None = None) -> tuple[Tensor, Tensor]:
             "the task's statistics of a layer have inf or NaN; look for batches without a label to learn, and run the "
             "model in a wider dtype"
         )
-    U, S, _ = torch.linalg.svd(X.double(), full_matrices=False)
+    X = X.double()
+    if X.shape[0] <= X.shape[1]:
+        eigenvalues, U = torch.linalg.eigh(X @ X.mT)
+        U, S = U.flip(1), eigenvalues.flip(0).clamp_min(0).sqrt()
+    else:
+        U, S, _ = torch.linalg.svd(X, full_matrices=False)
     return signed(U[:, :rank]), S[:rank]
 
 
@@ -115,6 +122,10 @@ class Subspace:
         """Of what is protected."""
         return self.basis.shape[0] - self.basis.shape[1] if self.retain else self.basis.shape[1]
 
+    def opposite(self) -> Subspace:
+        """What is not protected, as if it were: ``outside`` of this is inside of that."""
+        return Subspace(self.basis, not self.retain)
+
     def outside(self, X: Tensor) -> Tensor:
         """What X ``[d, n]`` has outside of the subspace, in fp64."""
         X, U = X.double(), self.basis.double()
@@ -125,7 +136,7 @@ class Subspace:
 
         Fewer than ``rank`` where X has no more that is not negligible.
         """
-        return self._clean(*left_vectors(self.outside(X)), X.double().norm())[:, :rank]
+        return self._clean(*left_vectors(self.outside(X), rank), X.double().norm())
 
     def extended(self, directions: Tensor) -> Subspace:
         """The subspace and ``directions`` [d, m], orthonormal and outside of it."""
@@ -141,8 +152,8 @@ class Subspace:
         X = X.double()
         U, S = left_vectors(self.outside(X))
         total, energies = float(X.square().sum()), S.square()
-        directions = self._clean(U, S, X.norm())
-        return self.extended(directions[:, : count_to_share(energies, total - float(energies.sum()), total, share)])
+        m = count_to_share(energies, total - float(energies.sum()), total, share)
+        return self.extended(self._clean(U[:, :m], S[:m], X.norm()))
 
     def dual(self) -> Subspace:
         """The same, held as its complement if that is the narrower basis; never the other way round."""

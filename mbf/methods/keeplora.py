@@ -20,12 +20,15 @@ s (B_i − B_0) A_i, and that is added to the sum of the earlier tasks.
 
 U grows up to d. Where it is wider than d/2 its complement is stored (ours; the same projector): d · min(k, d − k)
 numbers a layer, which for a Llama of 7B, all linear layers, is at most 14 GB (fp32). G of all layers, which a pass
-collects at once, is another 26 GB; ``gradient="sketch"`` (ours) makes that 0.6 GB with its 64 columns, for two passes
-instead of one. With Ω ``[d_out, l]`` standard normal, seeded by the task::
+collects at once, is another 26 GB; ``gradient="sketch"`` (ours) makes that 2 GB with its 64 columns, for two passes
+instead of one. With Ω_1 ``[d_out, l]`` and Ω_2 ``[d_out, 8]`` standard normal, seeded by the task::
 
-    first pass     Y = Gᵀ Ω,   Q = orth((I − P) Y);        second pass    Z = Qᵀ Gᵀ = Û_z S V̂ᵀ,   û_j = Q û_z,j
+    first pass     Y_1 = Gᵀ Ω_1,  Y_2 = Gᵀ Ω_2,   Q = orth((I − P) Y_1),  Q_P = orth(P Y_1)
+    second pass    Z = Qᵀ Gᵀ = Û_z S V̂ᵀ,  Z_P = Q_Pᵀ Gᵀ,   û_j = Q û_z,j
+    energies       ‖(I − P) Gᵀ‖² ≈ ‖Z‖² + ‖(I − Q Qᵀ) (I − P) Y_2‖² / 8,   with Q_P, Z_P and P likewise
 
-‖G‖² and ‖(I − P) Gᵀ‖² are then estimated, as ‖Y‖²/l and ‖(I − P) Y‖²/l, and a task adds at most l directions.
+that is a randomised SVD without power iterations, and traces as Hutch++ (arXiv 2010.09649) estimates them. A task then
+adds at most l directions.
 
 Where fewer than r directions are free, the other rows of A_i are zero and learn nothing (ours; a warning names the
 layers), and they are not kept.
@@ -35,7 +38,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from dataclasses import dataclass
-from typing import Literal
+from typing import Literal, Protocol
 
 import torch
 from pydantic import Field
@@ -47,6 +50,8 @@ from mbf.methods._subspaces import (
     count_to_share,
     from_state,
     left_vectors,
+    orthonormal,
+    project_out,
     root,
     rows,
     signed,
@@ -58,6 +63,9 @@ from mbf.methods._summed import Summed
 from mbf.methods.base import Batches, Factors, Layer, MethodInfo, Options, register
 from mbf.ops import LoraTerms
 
+PROBES = 8
+"""Columns of Ω_2."""
+
 
 class KeepLoraOptions(Options):
     variant: Literal["llava", "clip"] = Field(
@@ -66,54 +74,70 @@ class KeepLoraOptions(Options):
     weight_share: float = Field(0.6, ge=0, le=1, description="share of ‖W‖² protected from the start (CLIP: 0.85, 0.2)")
     share: float = Field(0.99, ge=0, le=1, description="share of a learnt task's ‖X‖² that is protected")
     gradient: Literal["full", "sketch"] = Field("full", description="G whole, or two passes of a randomised SVD (ours)")
-    sketch: int = Field(64, ge=1, description="l, columns of Ω in a sketch; at least r + 8 are taken")
+    sketch: int = Field(64, ge=1, description="l, columns of Ω_1; at least r + 8 are taken")
     batches: int | None = Field(
         None, ge=1, description="batches of the task to look at (the authors': 20 %); none: all"
     )
 
 
+class Residual(Protocol):
+    """What a layer's Gᵀ has outside of its protected subspace."""
+
+    def leading(self, rank: int) -> tuple[Tensor, Tensor]:
+        """Û and S V̂ᵀ = Ûᵀ Gᵀ of the leading singular triples, fp64 [d_in, m] and [m, d_out] with m ≤ rank."""
+        ...
+
+    def grown(self, share: float) -> Subspace:
+        """The subspace that holds ``share`` of ‖G‖²."""
+        ...
+
+
 @dataclass(frozen=True)
-class Residual:
-    """What a layer's Gᵀ has outside of the protected subspace.
+class WholeResidual:
+    """Of G ``[d_out, d_in]``."""
 
-    Attributes:
-        U: its left singular vectors, fp64 [d_in, m], orthonormal and outside.
-        SV: S V̂ᵀ = Uᵀ Gᵀ, fp64 [m, d_out].
-        covered: ‖P Gᵀ‖².
-        total: ‖G‖².
-    """
+    space: Subspace
+    G: Tensor
 
-    U: Tensor
-    SV: Tensor
-    covered: float
-    total: float
+    def leading(self, rank: int) -> tuple[Tensor, Tensor]:
+        U = self.space.leading(self.G.mT, rank)
+        return U, U.mT @ self.G.double().mT
 
-    def directions(self, share: float) -> Tensor:
-        """Those that a subspace needs to hold ``share`` of ‖G‖²."""
-        return self.U[:, : count_to_share(self.SV.square().sum(1), self.covered, self.total, share)]
+    def grown(self, share: float) -> Subspace:
+        return self.space.grown(self.G.mT, share)
 
 
-def residual(space: Subspace, G: Tensor) -> Residual:
-    """Of the whole G ``[d_out, d_in]``."""
-    X = G.double().mT
-    U = space.leading(X)
-    total = float(X.square().sum())
-    return Residual(U, U.mT @ X, total - float(space.outside(X).square().sum()), total)
+@dataclass(frozen=True)
+class SketchedResidual:
+    """Of the module's sketch: Y_2 ``[d_in, 8]``, Q and Q_P ``[d_in, m]``, Z and Z_P ``[m, d_out]``."""
+
+    space: Subspace
+    Y_2: Tensor
+    Q: Tensor
+    Q_P: Tensor
+    Z: Tensor
+    Z_P: Tensor
+
+    def leading(self, rank: int) -> tuple[Tensor, Tensor]:
+        Q = self.Q.double()
+        U = signed(Q @ left_vectors(self.Z, rank)[0])
+        return U, (U.mT @ Q) @ self.Z.double()
+
+    def energies(self) -> tuple[float, float]:
+        """‖P Gᵀ‖² and ‖(I − P) Gᵀ‖²: exact in what the sketch spans, estimated without bias beyond."""
+        outside = self.space.outside(self.Y_2)
+        inside = self.Y_2.double() - outside
+        return _energy(self.Z_P, project_out(inside, self.Q_P)), _energy(self.Z, project_out(outside, self.Q))
+
+    def grown(self, share: float) -> Subspace:
+        U, SV = self.leading(self.Q.shape[1])
+        covered, outside = self.energies()
+        m = count_to_share(SV.square().sum(1), covered, covered + outside, share)
+        return self.space.extended(orthonormal(U[:, :m]))
 
 
-def sketched_residual(space: Subspace, Y: Tensor, Q: Tensor, Z: Tensor) -> Residual:
-    """Of G by the module's sketch.
-
-    Args:
-        space: what is protected.
-        Y: Gᵀ Ω [d_in, l], with Ω standard normal.
-        Q: orthonormal and outside [d_in, m].
-        Z: Qᵀ Gᵀ [m, d_out].
-    """
-    U = signed(Q.double() @ left_vectors(Z)[0])
-    total = float(Y.double().square().sum()) / Y.shape[1]
-    outside = float(space.outside(Y).square().sum()) / Y.shape[1]
-    return Residual(U, (U.mT @ Q.double()) @ Z.double(), total - outside, total)
+def _energy(Z: Tensor, rest: Tensor) -> float:
+    return float(Z.double().square().sum() + rest.square().sum() / PROBES)
 
 
 @register
@@ -145,9 +169,10 @@ class KeepLora(Summed):
         if i == 1:
             self.state = {**self.state, **to_state([self._of_weight(layer) for layer in self.layers])}
         start = Factors()
-        for r, one in zip(self.ranks(i), self._residuals(data, seed=2 * i), strict=True):
-            B = rows(one.SV.mT, r).mT
-            start.A.append(rows(one.U, r))
+        for r, found in zip(self.ranks(i), self._residuals(data, seed=2 * i), strict=True):
+            U, SV = found.leading(r)
+            B = rows(SV.mT, r).mT
+            start.A.append(rows(U, r))
             start.B.append(B if self.options.variant == "clip" else torch.zeros_like(B))
         self._start = start
         warn_if_exhausted(self, i, start.A, "Lower share and weight_share, or look at more of the task's data.")
@@ -194,37 +219,38 @@ class KeepLora(Summed):
         return Subspace.empty(len(Wt), Wt.device).grown(Wt, self.options.weight_share).dual()
 
     def _grown(self, i: int, data: Batches | None) -> list[Subspace]:
-        spaces, share = self._spaces, self.options.share
+        share = self.options.share
         if self.options.variant == "llava":
-            found = zip(spaces, self._residuals(data, seed=2 * i + 1), strict=True)
-            return [space.extended(one.directions(share)) for space, one in found]
+            return [found.grown(share) for found in self._residuals(data, seed=2 * i + 1)]
         moments = input_moments(self, data, limit=self.options.batches)
         X = [root(C) for C in moments.C]
-        return [space.grown(X[of], share) for space, of in zip(spaces, moments.of, strict=True)]
+        return [space.grown(X[of], share) for space, of in zip(self._spaces, moments.of, strict=True)]
 
     # -- gradients, whole or sketched --------------------------------------------------------------------------------
 
     def _residuals(self, data: Batches | None, seed: int) -> Iterator[Residual]:
-        """Layer by layer, as all of them together would take several times the memory of G."""
+        """Layer by layer, as what is computed of all of them would take several times the memory of G."""
         limit = self.options.batches
         if self.options.gradient == "full":
-            gradients = mean_gradients(self, data, limit=limit)
-            for n, space in enumerate(self._spaces):
-                yield residual(space, gradients[n])
+            yield from map(WholeResidual, self._spaces, mean_gradients(self, data, limit=limit))
             return
         Omega = self._sketch(seed)
         Y = mean_gradients(self, data, limit=limit, form=lambda n, x, dy: x.mT @ (dy @ Omega[n]))
-        Q = [space.leading(y).float() for space, y in zip(self._spaces, Y, strict=True)]
+        pairs = [
+            (space.leading(y[:, :-PROBES]).float(), space.opposite().leading(y[:, :-PROBES]).float())
+            for space, y in zip(self._spaces, Y, strict=True)
+        ]
+        Q = [torch.cat(pair, dim=1) for pair in pairs]
         Z = mean_gradients(self, data, limit=limit, form=lambda n, x, dy: (x @ Q[n]).mT @ dy)
-        for space, y, q, z in zip(self._spaces, Y, Q, Z, strict=True):
-            yield sketched_residual(space, y, q, z)
+        for space, y, (q, q_p), z in zip(self._spaces, Y, pairs, Z, strict=True):
+            yield SketchedResidual(space, y[:, -PROBES:], q, q_p, z[: q.shape[1]], z[q.shape[1] :])
 
     def _sketch(self, seed: int) -> list[Tensor]:
-        """Ω of every layer."""
+        """[Ω_1, Ω_2] of every layer."""
         generator = torch.Generator().manual_seed(seed)
         sketches = []
         for layer, r in zip(self.layers, self.ranks(1), strict=True):
             d_out, d_in = len(layer.B), layer.A.shape[1]
             columns = min(max(self.options.sketch, r + 8), d_out, d_in)
-            sketches.append(torch.randn(d_out, columns, generator=generator).to(layer.B.device))
+            sketches.append(torch.randn(d_out, columns + PROBES, generator=generator).to(layer.B.device))
         return sketches

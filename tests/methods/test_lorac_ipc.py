@@ -1,0 +1,188 @@
+"""LoRAC-IPC: the weights of old LoRAs, orthonormal rows across tasks, importance, and layers that are frozen."""
+
+import pytest
+import torch
+
+import mbf
+from mbf.methods.lorac_ipc import off_orthonormal
+from tests.continual.tiny import logits, peft_model, train
+from tests.methods.plain import PlainLayer, begin, data, end, learn, method
+
+
+def in_task(i, **options):
+    """Task i has begun; every LoRA and ω so far is random."""
+    rule = method("lorac_ipc", **options)
+    for task in range(1, i + 1):
+        begin(rule, task)
+        with torch.no_grad():
+            for layer in rule.layers:
+                layer.A.normal_()
+                layer.B.normal_()
+            for omega in rule.learned.get("omega", []):
+                omega.add_(torch.rand_like(omega))
+        if task < i:
+            end(rule, task)
+    return rule
+
+
+def parts(rule, n, r=4):
+    return list(zip(rule.merged.A[n].split(r), rule.state["B"][n].split(r, 1), strict=True))
+
+
+def test_the_function_is_that_of_the_formula_and_the_hand_over_keeps_it():
+    rule = in_task(3)
+    inside = []
+    for n, layer in enumerate(rule.layers):
+        omega = rule.learned["omega"][n].detach()
+        assert omega.shape == (2,) and (omega != 1).any()
+        old = sum(w * B @ A for w, (A, B) in zip(omega, parts(rule, n), strict=True))
+        wanted = layer.scale * (old + layer.B @ layer.A).detach()
+        torch.testing.assert_close(layer.delta(), wanted, rtol=1e-4, atol=1e-4)
+        inside.append(layer.delta())
+    end(rule, 3)
+    for layer, before in zip(rule.layers, inside, strict=True):
+        torch.testing.assert_close(layer.delta(), before, rtol=1e-4, atol=1e-4)
+
+
+def test_i_the_penalty_is_zero_for_orthonormal_rows_alone():
+    Q = torch.linalg.qr(torch.randn(30, 12).double()).Q.T
+    assert off_orthonormal(Q[:8], Q[8:]) < 1e-12
+    assert off_orthonormal(Q[:8], 1.1 * Q[8:]) == pytest.approx(4**0.5 * 0.21)  # rows too long
+    leaning = 0.6 * Q[0] + 0.8 * Q[11]
+    assert off_orthonormal(Q[:8], leaning[None]) == pytest.approx(2**0.5 * 0.6)  # one old row met, seen twice
+    A = torch.randn(4, 30).double().requires_grad_()
+    rows = torch.cat([Q[:8], A])
+    wanted = torch.autograd.grad((rows @ rows.T - torch.eye(12)).square().sum().sqrt(), A)[0]
+    torch.testing.assert_close(torch.autograd.grad(off_orthonormal(Q[:8], A), A)[0], wanted)
+
+
+def test_the_loss_sums_it_over_layers_and_old_rows():
+    rule = in_task(2, penalty=0.7)
+    pairs = zip(rule.merged.A, rule.layers, strict=True)
+    wanted = 0.7 * sum(off_orthonormal(old, layer.A) for old, layer in pairs)
+    torch.testing.assert_close(rule.loss_extra(), wanted)
+    first = in_task(1, penalty=0.7)
+    wanted = 0.7 * sum(off_orthonormal(layer.A[:0], layer.A) for layer in first.layers)
+    torch.testing.assert_close(first.loss_extra(), wanted)
+    assert method("lorac_ipc", penalty=0).loss_extra() is None
+
+
+def test_ii_weights_of_one_are_inclora():
+    rule, plain = method("lorac_ipc"), method("inclora")
+    for ours, theirs in zip(rule.layers, plain.layers, strict=True):
+        theirs.W = ours.W
+        theirs.write(ours.A, ours.B)
+    for i in (1, 2, 3):
+        torch.manual_seed(i)
+        _, tuned, _ = learn(rule, i)
+        torch.manual_seed(i)
+        learn(plain, i, tuned)
+        for ours, theirs in zip(rule.layers, plain.layers, strict=True):
+            torch.testing.assert_close(ours.delta(), theirs.delta(), rtol=1e-5, atol=1e-5)
+
+
+def steps(rule, count, seed=0):
+    """Optimiser steps with the importance, towards random outputs."""
+    parameters = [p for layer in rule.layers for p in (layer.A, layer.B)]
+    own = [p for values in rule.learned.values() for p in values]
+    optimizer = torch.optim.SGD([*parameters, *own], lr=1e-5)
+    for step in range(count):
+        optimizer.zero_grad()
+        rule.model(**data(seed + step)[0]).loss.backward()
+        with torch.no_grad():
+            rule.after_backward()
+        optimizer.step()
+
+
+def test_importance_is_that_of_the_formula():
+    rule = in_task(1, beta1=0.7, beta2=0.6)
+    layer = rule.layers[1]
+    mean, deviation = torch.zeros_like(layer.B), torch.zeros_like(layer.B)
+    for step in range(3):
+        steps(rule, 1, seed=step)
+        gradient = layer.B.grad
+        now = ((layer.B + 1e-5 * gradient) * gradient).abs()  # B before the step
+        mean = 0.7 * mean + 0.3 * now
+        deviation = 0.6 * deviation + 0.4 * (now - mean).abs()
+    torch.testing.assert_close(rule.state["mean_B"][1], mean.detach())
+    torch.testing.assert_close(rule.state["deviation_B"][1], deviation.detach())
+
+
+def test_iii_a_frozen_layer_computes_the_same_after_later_tasks():
+    rule = in_task(1, threshold=0.4)
+    steps(rule, 3)
+    end(rule, 1)
+    (n,) = rule.state["frozen"].nonzero()[:, 0].tolist()
+    kept = rule.layers[n].delta()
+    for i in (2, 3):
+        begin(rule, i)
+        steps(rule, 3, seed=10 * i)
+        torch.testing.assert_close(rule.layers[n].delta(), kept, rtol=1e-5, atol=1e-6)
+        others = [layer.delta() for m, layer in enumerate(rule.layers) if m != n]
+        end(rule, i)
+        torch.testing.assert_close(rule.layers[n].delta(), kept, rtol=1e-5, atol=1e-6)
+        now = [layer.delta() for m, layer in enumerate(rule.layers) if m != n]
+        torch.testing.assert_close(now, others, rtol=1e-4, atol=1e-4)
+        assert rule.state["frozen"][n] == 1
+
+
+def test_iv_old_factors_have_no_gradient_and_omega_that_of_the_direction():
+    rule = in_task(3)
+    for n, layer in enumerate(rule.layers):
+        x, dy = torch.randn(7, layer.A.shape[1]), torch.randn(7, layer.B.shape[0])
+        assert not rule.merged.A[n].requires_grad and not rule.state["B"][n].requires_grad
+        layer(x).backward(dy)
+        dW = dy.T @ x
+        wanted = torch.stack([layer.scale * (dW * (B @ A)).sum() for A, B in parts(rule, n)])
+        torch.testing.assert_close(rule.learned["omega"][n].grad, wanted, rtol=1e-3, atol=1e-3)
+
+
+@pytest.mark.parametrize(("threshold", "counts"), [(0.05, [1, 1]), (0.1, [2, 4]), (0.0, [0, 0]), (1.0, [20, 20])])
+def test_v_the_share_of_layers_is_rounded_down(threshold, counts):
+    rule = method("lorac_ipc", threshold=threshold)
+    rule.layers = [PlainLayer(f"layer{n}", 6, 9, 2) for n in range(20 if threshold != 0.1 else 29)]
+    for i, count in enumerate(counts, 1):
+        begin(rule, i)
+        for n, layer in enumerate(rule.layers):
+            layer.A.grad = torch.full_like(layer.A, 1.0 + (7 * n) % 5 + n / 100)
+            layer.B.data.normal_()
+            layer.B.grad = torch.zeros_like(layer.B)
+        rule.after_backward()
+        scores = [float((m * d).mean()) for m, d in zip(rule.state["mean_A"], rule.state["deviation_A"], strict=True)]
+        before = rule.state.get("frozen", torch.zeros(len(rule.layers)))
+        end(rule, i)
+        frozen = rule.state["frozen"]
+        assert int(frozen.sum()) == count
+        new = [n for n in range(len(frozen)) if frozen[n] and not before[n]]
+        rest = [scores[n] for n in range(len(frozen)) if not frozen[n]]
+        assert not new or not rest or min(scores[n] for n in new) >= max(rest)
+
+
+def test_omega_moves_in_its_own_steps():
+    rule = in_task(2, omega_scale=0.25)
+    for n, omega in enumerate(rule.learned["omega"]):
+        omega.data.fill_(3.0)
+        torch.testing.assert_close(rule._omega(n).detach(), torch.tensor([1.5]))
+
+
+def test_more_rows_than_columns_are_warned_of():
+    rule = method("lorac_ipc", r=9)
+    learn(rule, 1)
+    with pytest.warns(UserWarning, match="task 2: 18 rows of layer2 cannot be orthonormal, d_in is 17"):
+        begin(rule, 2)
+
+
+def test_training_brings_the_rows_of_a_llama_towards_orthonormal():
+    found = {}
+    for penalty in (0.0, 1.0):
+        model = peft_model(r=2)
+        learner = mbf.ContinualLora(model, "lorac_ipc", penalty=penalty, threshold=0.2)
+        for i in (1, 2):
+            with learner.task(f"t{i}"):
+                train(model, i, steps=15)
+                inside = logits(model)
+            torch.testing.assert_close(logits(model), inside, rtol=1e-4, atol=1e-4)
+        found[penalty] = sum(float(off_orthonormal(layer.A[:0], layer.A)) for layer in learner.layers)
+        assert learner.method.state["frozen"].sum() == 2
+        assert sorted(learner.method.state) == ["B", "frozen", "omega"]
+    assert found[1.0] < 0.7 * found[0.0]

@@ -1,8 +1,7 @@
 """LoRAC-IPC: old LoRAs weighted anew, rows of A kept orthonormal across tasks, and the most important layers frozen.
 
-*LoRA Subtraction / Composition for continual learning with Important Parameter Constraints* (LoRAC-IPC), and the
-authors' public code (``peft/lora/comp_ilora_mask.py``, ``engines/comp_ilora_mask_engine.py``), written for ViT. In
-task i, for each layer::
+LoRA composition with important parameter constraints, after the authors' public code, written for ViT
+(``peft/lora/comp_ilora_mask.py``, ``engines/comp_ilora_mask_engine.py``). In task i, for each layer::
 
     dW_i = s (Σ_{k<i} ω_k B_k A_k + m B_i A_i)        A_i, B_i and all ω trained; A_k, B_k frozen; ω_k from 1
     loss + λ Σ_layers ‖Q Qᵀ − I‖_F                     Q = [A_1; ..; A_i], the old rows without gradient
@@ -86,8 +85,8 @@ class LoracIpc(Summed):
         if self.options.penalty and crowded:
             r, d_in = crowded[0].A.shape
             warnings.warn(
-                f"method 'lorac_ipc', task {i}: {i * r} rows of {crowded[0].name} cannot be orthonormal, d_in is {d_in}; the "
-                "penalty only spreads them. Lower the rank, or set penalty=0",
+                f"method 'lorac_ipc', task {i}: {i * r} rows of {crowded[0].name} cannot be orthonormal, as d_in is "
+                f"{d_in}; the penalty only spreads them. Lower the rank, or set penalty=0",
                 stacklevel=2,
             )
         self.route(self.with_old)

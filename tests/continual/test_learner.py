@@ -57,7 +57,9 @@ def test_three_tasks_ship_a_plain_peft_adapter_and_never_touch_W(name, fuse, tmp
     if learner.method.info.foldable:
         torch.testing.assert_close(logits(plain), learned, **CLOSE)
     else:
-        assert (logits(plain) - learned).abs().max() > 1e-4
+        if learner.method.info.task_id:  # a plain LoRA may be what computes without a label, but not what does with one
+            learner.select_task("t1")
+        assert (logits(plain) - logits(model)).abs().max() > 1e-4
     if not learner.method.own_operator:
         model.save_pretrained(tmp_path / "saved")
         PeftModel.from_pretrained(base_model(), tmp_path / "saved")

@@ -1,23 +1,28 @@
 """LoRAC-IPC: old LoRAs weighted anew, rows of A kept orthonormal across tasks, and the most important layers frozen.
 
-LoRA composition with important parameter constraints, after the authors' public code, written for ViT
-(``peft/lora/comp_ilora_mask.py``, ``engines/comp_ilora_mask_engine.py``). In task i, for each layer::
+*A Close Look at Important Parameter Changes in Continual Learning under Orthogonal LoRA Tuning*, Ling et al., known to
+us by the authors' public code (``peft/lora/comp_ilora_mask.py``, ``engines/comp_ilora_mask_engine.py``), which is for
+vision transformers. In task i, for each layer::
 
-    dW_i = s (Σ_{k<i} ω_k B_k A_k + m B_i A_i)        A_i, B_i and all ω trained; A_k, B_k frozen; ω_k from 1
+    dW_i = s (Σ_{k<i} ω_k B_k A_k + m B_i A_i)        A_i, B_i and all ω trained; A_k, B_k frozen; ω_k from 1; m = 1
     loss + λ Σ_layers ‖Q Qᵀ − I‖_F                     Q = [A_1; ..; A_i], the old rows without gradient
 
-(the "QR" of their names is Aᵀ as Q and B as R; nothing is decomposed). Importance, as AdaLoRA has it, of every entry θ
-of A_i and B_i, over the optimiser's steps::
+(the "QR" of their composition is Aᵀ as Q and B as R; nothing is decomposed). Importance, as AdaLoRA has it, of every
+entry θ of A_i and B_i, over the optimiser's steps, the penalty in the gradient::
 
     I = |θ · dL/dθ|,   Ī ← β₁ Ī + (1 − β₁) I,   U ← β₂ U + (1 − β₂) |I − Ī|
     importance of a layer = mean of Ī U over A_i + mean of Ī U over B_i
 
-After a task the ``threshold`` most important share of layers is frozen for all later tasks: m = 0 there, and ω stays as
-it is. The sum of all LoRAs with the latest ω is what is evaluated and shipped.
+After a task the most important layers, as many as are the ``threshold`` share of all, are frozen for all later tasks:
+m = 0 there, and ω stays as it is. ``threshold=0`` is LoRAC. The sum of all LoRAs with the latest ω is what is evaluated
+and shipped.
 
-Ours: the share is of the layers that are not frozen yet, rounded down; the authors' learning rate of ω, apart from that
-of the LoRA, is ``omega_scale``: ω moves so many times as far as the parameter that the optimiser steps; no class
-prototypes, which are of classifiers; a warning where i r > d_in, as so many rows cannot be orthonormal.
+Ours: I is taken before a step, where the gradient was (the code: after it). The number of layers is rounded down, and
+only layers that have learnt something count (the code freezes ties together and cannot freeze none). A frozen layer's
+later LoRAs, which add nothing, are not kept. The authors' learning rate of ω, apart from that of the LoRA, is
+``omega_scale``: ω moves so many times as far as the parameter that the optimiser steps, so Adam's steps of ω are so
+many times as long, and SGD's the square of it. No class prototypes, which are of classifiers. A warning where
+i r > d_in, as so many rows cannot be orthonormal.
 """
 
 from __future__ import annotations
@@ -43,20 +48,30 @@ class LoracIpcOptions(Options):
     )
 
 
-def off_orthonormal(old: Tensor, A: Tensor) -> Tensor:
-    """‖Q Qᵀ − I‖_F for Q = [old; A], of A ``[r, d]`` alone differentiable."""
-    Q = torch.cat([old.detach(), A])
-    return torch.linalg.matrix_norm(Q @ Q.mT - torch.eye(len(Q), dtype=Q.dtype, device=Q.device))
+def off_orthonormal(old: Tensor, A: Tensor, rest: Tensor | None = None) -> Tensor:
+    """‖Q Qᵀ − I‖_F for Q = [old; A], of A alone differentiable.
+
+    Args:
+        old: [R, d_in].
+        A: [r, d_in].
+        rest: ‖old oldᵀ − I‖_F, a 0-d tensor, which does not change while A does; None computes it.
+    """
+    old = old.detach()
+    rest = off_identity(old).norm() if rest is None else rest
+    across = 2**0.5 * (old @ A.mT)  # Q Qᵀ has it twice
+    return torch.linalg.vector_norm(torch.cat([rest[None], across.flatten(), off_identity(A).flatten()]))
 
 
-def importance(mean: Tensor, deviation: Tensor) -> Tensor:
-    """Mean of Ī U."""
-    return (mean * deviation).mean()
+def off_identity(A: Tensor) -> Tensor:
+    """A Aᵀ − I."""
+    return A @ A.mT - torch.eye(len(A), dtype=A.dtype, device=A.device)
 
 
 @register
 class LoracIpc(Summed):
-    """State: B of every task as it was trained, ω, which layers are frozen; within a task Ī and U of all entries."""
+    """State: B of every task as it was trained, ω, which layers are frozen; within a task Ī and U, in fp32, of all
+    entries of A_i and B_i in the layers that are not. The adapter's B has ω in it.
+    """
 
     name = "lorac_ipc"
     Options = LoracIpcOptions
@@ -75,88 +90,99 @@ class LoracIpc(Summed):
 
     # -- a task --------------------------------------------------------------------------------------------------------
 
+    def ranks(self, i: int) -> list[int]:
+        return [B.shape[1] // len(omega) for B, omega in zip(self._list("B"), self._list("omega"), strict=True)]
+
     def init_adapter(self, i: int) -> None:
-        self.state = {key: value for key, value in self.state.items() if key not in _WITHIN}
-        if i == 1:
-            return
-        self.write(self.start(i))
-        self.learn("omega", self._list("omega"))
-        crowded = [layer for layer in self.layers if i * layer.A.shape[0] > layer.A.shape[1]]
-        if self.options.penalty and crowded:
-            r, d_in = crowded[0].A.shape
-            warnings.warn(
-                f"method 'lorac_ipc', task {i}: {i * r} rows of {crowded[0].name} cannot be orthonormal, as d_in is "
-                f"{d_in}; the penalty only spreads them. Lower the rank, or set penalty=0",
-                stacklevel=2,
-            )
-        self.route(self.with_old)
+        self._learns_in = [not frozen for frozen in self._frozen()]
+        old = [A[:0] for A in self.current.A] if i == 1 else self.merged.A
+        self._old = [A.float() for A in old]
+        self._rest = [off_identity(A).norm() for A in self._old]
+        if i > 1:
+            self.write(self.start(i))
+            self.learn("omega", self._list("omega"))
+            self._warn_if_crowded(i)
+            self.route(self.with_old)
+        self.state = {key: value for key, value in self.state.items() if key not in ("mean", "deviation")}
+        if self.options.threshold and any(self._learns_in):
+            zeros = [torch.zeros_like(p, dtype=torch.float32) for p in self._learning()]
+            self.state = {**self.state, "mean": zeros, "deviation": zeros}
+
+    def _warn_if_crowded(self, i: int) -> None:
+        for layer, old, learns in zip(self.layers, self._old, self._learns_in, strict=True):
+            rows, d_in = len(old) + len(layer.A), layer.A.shape[1]
+            if self.options.penalty and learns and rows > d_in:
+                warnings.warn(
+                    f"method 'lorac_ipc', task {i}: {rows} rows of {layer.name} cannot be orthonormal, as d_in is "
+                    f"{d_in}; the penalty only spreads them. Lower the rank, or set penalty=0",
+                    stacklevel=3,
+                )
+                return
+
+    def _learning(self) -> list[Tensor]:
+        """A and B in training, of one layer after another, where m is 1."""
+        layers = [layer for layer, learns in zip(self.layers, self._learns_in, strict=True) if learns]
+        return [p for layer in layers for p in (layer.A, layer.B)]
 
     def _omega(self, n: int) -> Tensor:
-        """ω of the old tasks in layer n: ``[K]``."""
-        kept, learned = self._list("omega")[n], self.learned["omega"][n]
-        if self._frozen()[n]:
-            return kept
-        return kept + self.options.omega_scale * (learned - kept)
+        """ω of the old tasks in layer n: ``[K]``. A frozen layer's has a gradient of zero, as DDP waits for one."""
+        kept, moves = self._list("omega")[n], self.options.omega_scale if self._learns_in[n] else 0.0
+        return kept + moves * (self.learned["omega"][n] - kept)
 
     def with_old(self, layer: Layer) -> LoraTerms:
         n, r = self.index(layer), len(layer.A)
         omega = self._omega(n)
-        m = omega.new_full((r,), 0.0 if self._frozen()[n] else 1.0)
+        m = omega.new_full((r,), float(self._learns_in[n]))
         A, B = torch.cat([self.merged.A[n], layer.A]), torch.cat([self._list("B")[n], layer.B], dim=1)
         return LoraTerms(A, B, layer.scale, gate=torch.cat([omega.repeat_interleave(r), m]))
 
     def loss_extra(self) -> Tensor | None:
         if not self.options.penalty:
             return None
-        first = not self.learned
-        live = [n for n in range(len(self.layers)) if first or not self._frozen()[n]]
-        found = [off_orthonormal(self.merged.A[n][:0] if first else self.merged.A[n], self.layers[n].A) for n in live]
+        live = [n for n, learns in enumerate(self._learns_in) if learns]
+        found = [off_orthonormal(self._old[n], self.layers[n].A.float(), self._rest[n]) for n in live]
         return self.options.penalty * torch.stack(found).sum() if found else None
 
     def after_backward(self) -> None:
-        names = list(_WITHIN)
-        before = [self.state.get(name) for name in names]
-        after: list[list[Tensor]] = [[] for _ in names]
-        for n, layer in enumerate(self.layers):
-            for offset, theta in ((0, layer.A), (2, layer.B)):
-                mean, deviation = (
-                    one[n] if isinstance(one, list) else torch.zeros_like(theta) for one in before[offset : offset + 2]
-                )
-                if theta.grad is not None:
-                    now = (theta * theta.grad).abs()
-                    mean = self.options.beta1 * mean + (1 - self.options.beta1) * now
-                    deviation = self.options.beta2 * deviation + (1 - self.options.beta2) * (now - mean).abs()
-                after[offset].append(mean)
-                after[offset + 1].append(deviation)
-        self.state = {**self.state, **dict(zip(names, after, strict=True))}
+        if "mean" not in self.state:
+            return
+        now = [
+            torch.zeros_like(p, dtype=torch.float32) if p.grad is None else (p.float() * p.grad.float()).abs()
+            for p in self._learning()
+        ]
+        mean = torch._foreach_lerp(self._list("mean"), now, 1 - self.options.beta1)
+        apart = torch._foreach_abs(torch._foreach_sub(now, mean))
+        deviation = torch._foreach_lerp(self._list("deviation"), apart, 1 - self.options.beta2)
+        self.state = {**self.state, "mean": list(mean), "deviation": list(deviation)}
 
     # -- after it ------------------------------------------------------------------------------------------------------
 
     def after_task(self, i: int, data: Batches | None) -> None:
-        new = self.current.clone()
-        one = [A.new_ones(1) for A in new.A]
-        frozen = self._frozen()
-        if i == 1:
-            A, B, omega = new.A, new.B, one
-        else:
-            A = [torch.cat(pair) for pair in zip(self.merged.A, new.A, strict=True)]
-            added = [torch.zeros_like(B) if frozen[n] else B for n, B in enumerate(new.B)]
-            B = [torch.cat(pair, dim=1) for pair in zip(self._list("B"), added, strict=True)]
-            omega = [torch.cat([self._omega(n).detach(), one[n]]) for n in range(len(self.layers))]
+        new, frozen = self.current.clone(), self._frozen()
+        A, B, omega = new.A, new.B, [A.new_ones(1) for A in new.A]
+        if i > 1:
+            A, B, old = list(self.merged.A), list(self._list("B")), self._list("omega")
+            for n in range(len(self.layers)):
+                if frozen[n]:
+                    omega[n] = old[n]
+                    continue
+                A[n], B[n] = torch.cat([A[n], new.A[n]]), torch.cat([B[n], new.B[n]], dim=1)
+                omega[n] = torch.cat([self._omega(n).detach(), omega[n]])
         frozen = self._with_the_most_important(frozen)
         self.state = {"B": B, "omega": omega, "frozen": torch.tensor(frozen, dtype=torch.int64)}
         scaled = [b * w.repeat_interleave(b.shape[1] // len(w)) for b, w in zip(B, omega, strict=True)]
         self.write(Factors(A, scaled))
 
     def _with_the_most_important(self, frozen: list[bool]) -> list[bool]:
-        """Those frozen so far, and the threshold share of the others."""
-        if any(name not in self.state for name in _WITHIN):  # an adapter that was trained elsewhere
+        """Those frozen so far, and of the others the most important, as many as are the threshold share of all."""
+        if "mean" not in self.state:  # threshold 0, all are frozen, or an adapter that was trained elsewhere
             return frozen
-        lists = [self._list(name) for name in _WITHIN]
-        scores = [float(importance(a, b) + importance(c, d)) for a, b, c, d in zip(*lists, strict=True)]
+        products = torch._foreach_mul(self._list("mean"), self._list("deviation"))
+        means = [float(product.mean()) for product in products]
         free = [n for n, is_frozen in enumerate(frozen) if not is_frozen]
-        count = int(self.options.threshold * len(free) + 1e-9)
-        chosen = sorted(free, key=lambda n: -scores[n])[:count]
+        scores = {n: means[2 * k] + means[2 * k + 1] for k, n in enumerate(free)}
+        count = int(self.options.threshold * len(frozen) + 1e-9)  # 0.29 · 100 is 28.999…
+        chosen = sorted((n for n in free if scores[n] > 0), key=lambda n: -scores[n])[:count]
         return [is_frozen or n in chosen for n, is_frozen in enumerate(frozen)]
 
     # -- state ---------------------------------------------------------------------------------------------------------
@@ -170,6 +196,3 @@ class LoracIpc(Summed):
         value = self.state[key]
         assert isinstance(value, list)
         return value
-
-
-_WITHIN = ("mean_A", "deviation_A", "mean_B", "deviation_B")

@@ -4,7 +4,7 @@ import pytest
 import torch
 
 import mbf
-from mbf.methods.lorac_ipc import off_orthonormal
+from mbf.methods.lorac_ipc import off_identity, off_orthonormal
 from tests.continual.tiny import logits, peft_model, train
 from tests.methods.plain import PlainLayer, begin, data, end, learn, method
 
@@ -53,18 +53,28 @@ def test_i_the_penalty_is_zero_for_orthonormal_rows_alone():
     A = torch.randn(4, 30).double().requires_grad_()
     rows = torch.cat([Q[:8], A])
     wanted = torch.autograd.grad((rows @ rows.T - torch.eye(12)).square().sum().sqrt(), A)[0]
-    torch.testing.assert_close(torch.autograd.grad(off_orthonormal(Q[:8], A), A)[0], wanted)
+    for rest in (None, off_identity(Q[:8]).norm()):
+        torch.testing.assert_close(torch.autograd.grad(off_orthonormal(Q[:8], A, rest), A)[0], wanted)
+    rows = torch.eye(3).requires_grad_()  # zero to the last bit
+    off_orthonormal(torch.zeros(0, 3), rows).backward()
+    assert torch.equal(rows.grad, torch.zeros(3, 3))
 
 
-def test_the_loss_sums_it_over_layers_and_old_rows():
-    rule = in_task(2, penalty=0.7)
-    pairs = zip(rule.merged.A, rule.layers, strict=True)
-    wanted = 0.7 * sum(off_orthonormal(old, layer.A) for old, layer in pairs)
+def off(rows):
+    """‖Q Qᵀ − I‖_F of the rows together."""
+    return (rows @ rows.T - torch.eye(len(rows))).square().sum().sqrt()
+
+
+@pytest.mark.parametrize("i", [1, 3])
+def test_the_loss_sums_it_over_layers_and_old_rows(i):
+    rule = in_task(i, penalty=0.7)
+    old = rule.merged.A if i > 1 else [layer.A[:0] for layer in rule.layers]
+    wanted = 0.7 * sum(off(torch.cat([rows.detach(), layer.A])) for rows, layer in zip(old, rule.layers, strict=True))
     torch.testing.assert_close(rule.loss_extra(), wanted)
-    first = in_task(1, penalty=0.7)
-    wanted = 0.7 * sum(off_orthonormal(layer.A[:0], layer.A) for layer in first.layers)
-    torch.testing.assert_close(first.loss_extra(), wanted)
-    assert method("lorac_ipc", penalty=0).loss_extra() is None
+    factors = [layer.A for layer in rule.layers]
+    found, wanted = (torch.autograd.grad(loss, factors) for loss in (rule.loss_extra(), wanted))
+    torch.testing.assert_close(found, wanted)
+    assert in_task(i, penalty=0).loss_extra() is None
 
 
 def test_ii_weights_of_one_are_inclora():
@@ -95,17 +105,33 @@ def steps(rule, count, seed=0):
 
 
 def test_importance_is_that_of_the_formula():
-    rule = in_task(1, beta1=0.7, beta2=0.6)
-    layer = rule.layers[1]
-    mean, deviation = torch.zeros_like(layer.B), torch.zeros_like(layer.B)
-    for step in range(3):
-        steps(rule, 1, seed=step)
-        gradient = layer.B.grad
-        now = ((layer.B + 1e-5 * gradient) * gradient).abs()  # B before the step
-        mean = 0.7 * mean + 0.3 * now
-        deviation = 0.6 * deviation + 0.4 * (now - mean).abs()
-    torch.testing.assert_close(rule.state["mean_B"][1], mean.detach())
-    torch.testing.assert_close(rule.state["deviation_B"][1], deviation.detach())
+    rule = in_task(1, beta1=0.7, beta2=0.6, threshold=0.4)
+    layer, scores = rule.layers[1], []
+    for name in ("A", "B"):
+        theta = getattr(layer, name)
+        mean, deviation = torch.zeros_like(theta), torch.zeros_like(theta)
+        for step in range(3):
+            steps(rule, 1, seed=step)
+            now = ((theta + 1e-5 * theta.grad) * theta.grad).abs()  # theta as it was before the step
+            mean = 0.7 * mean + 0.3 * now
+            deviation = 0.6 * deviation + 0.4 * (now - mean).abs()
+        place = 2 + (name == "B")
+        torch.testing.assert_close(rule.state["mean"][place], mean.detach())
+        torch.testing.assert_close(rule.state["deviation"][place], deviation.detach())
+        scores.append(float((mean * deviation).mean()))
+        rule.init_adapter(1)  # from zero again
+    assert not any(one.any() for one in rule.state["mean"]) and min(scores) > 0
+
+
+def test_a_layer_counts_with_both_factors():
+    rule = in_task(1, threshold=0.4)  # one of three
+    entries = [(1.0, 1.0), (0.0, 1.7), (0.5, 1.4)]
+    fill = []
+    for layer, (of_A, of_B) in zip(rule.layers, entries, strict=True):
+        fill += [torch.full_like(layer.A, of_A), torch.full_like(layer.B, of_B)]
+    rule.state = {**rule.state, "mean": fill, "deviation": [torch.ones_like(one) for one in fill]}
+    end(rule, 1)
+    assert rule.state["frozen"].tolist() == [1, 0, 0]
 
 
 def test_iii_a_frozen_layer_computes_the_same_after_later_tasks():
@@ -113,18 +139,38 @@ def test_iii_a_frozen_layer_computes_the_same_after_later_tasks():
     steps(rule, 3)
     end(rule, 1)
     (n,) = rule.state["frozen"].nonzero()[:, 0].tolist()
-    kept = rule.layers[n].delta()
+    kept, shape, bits = rule.layers[n].delta(), rule.layers[n].A.shape, rule.current.B[n].clone()
     for i in (2, 3):
         begin(rule, i)
         steps(rule, 3, seed=10 * i)
+        trained = [rule.layers[n].A, rule.layers[n].B, rule.learned["omega"][n]]
+        assert all(p.grad is not None and not p.grad.any() for p in trained)  # there, as DDP waits for it
+        with torch.no_grad():  # whatever an optimiser does all the same
+            for p in trained:
+                p.normal_()
         torch.testing.assert_close(rule.layers[n].delta(), kept, rtol=1e-5, atol=1e-6)
         others = [layer.delta() for m, layer in enumerate(rule.layers) if m != n]
-        rule.layers[n].B.data.normal_()  # whatever an optimiser did to it
         end(rule, i)
-        torch.testing.assert_close(rule.layers[n].delta(), kept, rtol=1e-5, atol=1e-6)
+        assert rule.layers[n].A.shape == shape and torch.equal(rule.current.B[n], bits)
         now = [layer.delta() for m, layer in enumerate(rule.layers) if m != n]
         torch.testing.assert_close(now, others, rtol=1e-4, atol=1e-4)
-        assert rule.state["frozen"][n] == 1
+        assert rule.state["frozen"][n] == 1 and rule.state["frozen"].sum() == i
+
+
+def test_a_frozen_layer_is_out_of_the_penalty():
+    rule = in_task(2, threshold=0.4, penalty=1.0)
+    end(rule, 2)
+    rule.state = {**rule.state, "frozen": torch.tensor([0, 1, 0])}
+    begin(rule, 3)
+    wanted = [off(torch.cat([rule.merged.A[n], rule.layers[n].A])) for n in (0, 2)]
+    torch.testing.assert_close(rule.loss_extra(), sum(wanted))
+    rule.route(None)
+    rule.write(rule.merged)
+    rule.learned = {}
+    rule.state = {**rule.state, "frozen": torch.tensor([1, 1, 1])}
+    begin(rule, 3)
+    assert rule.loss_extra() is None
+    rule.after_backward()
 
 
 def test_iv_old_factors_have_no_gradient_and_omega_that_of_the_direction():
@@ -138,25 +184,38 @@ def test_iv_old_factors_have_no_gradient_and_omega_that_of_the_direction():
         torch.testing.assert_close(rule.learned["omega"][n].grad, wanted, rtol=1e-3, atol=1e-3)
 
 
-@pytest.mark.parametrize(("threshold", "counts"), [(0.05, [1, 1]), (0.1, [2, 4]), (0.0, [0, 0]), (1.0, [20, 20])])
-def test_v_the_share_of_layers_is_rounded_down(threshold, counts):
+@pytest.mark.parametrize(
+    ("layers", "threshold", "counts"),
+    [(20, 0.05, [1, 2]), (29, 0.1, [2, 4]), (100, 0.29, [29, 58]), (20, 0.0, [0, 0]), (20, 1.0, [20, 20])],
+)
+def test_v_the_share_of_all_layers_is_rounded_down(layers, threshold, counts):
     rule = method("lorac_ipc", threshold=threshold)
-    rule.layers = [PlainLayer(f"layer{n}", 6, 9, 2) for n in range(20 if threshold != 0.1 else 29)]
+    rule.layers = [PlainLayer(f"layer{n}", 6, 9, 2) for n in range(layers)]
+    worth = [1.0 + (7 * n) % 5 + n / 100 for n in range(layers)]
+    frozen = []
     for i, count in enumerate(counts, 1):
         begin(rule, i)
-        for n, layer in enumerate(rule.layers):
-            layer.A.grad = torch.full_like(layer.A, 1.0 + (7 * n) % 5 + n / 100)
-            layer.B.data.normal_()
-            layer.B.grad = torch.zeros_like(layer.B)
-        rule.after_backward()
-        scores = [float((m * d).mean()) for m, d in zip(rule.state["mean_A"], rule.state["deviation_A"], strict=True)]
-        before = rule.state.get("frozen", torch.zeros(len(rule.layers)))
+        with torch.no_grad():
+            for value, layer in zip(worth, rule.layers, strict=True):
+                layer.A.fill_(1.0)
+                layer.A.grad = torch.full_like(layer.A, value)
+            rule.after_backward()
         end(rule, i)
-        frozen = rule.state["frozen"]
-        assert int(frozen.sum()) == count
-        new = [n for n in range(len(frozen)) if frozen[n] and not before[n]]
-        rest = [scores[n] for n in range(len(frozen)) if not frozen[n]]
-        assert not new or not rest or min(scores[n] for n in new) >= max(rest)
+        frozen = rule.state["frozen"].nonzero()[:, 0].tolist()
+        assert frozen == sorted(sorted(range(layers), key=lambda n: -worth[n])[:count])
+
+
+def test_a_task_that_was_not_learnt_freezes_nothing():
+    rule = method("lorac_ipc", threshold=1.0)
+    learn(rule, 1)
+    assert rule.state["frozen"].tolist() == [0, 0, 0]
+    begin(rule, 2)
+    for layer in rule.layers[:2]:
+        layer.B.data.normal_()
+        layer.B.grad = torch.ones_like(layer.B)
+    rule.after_backward()
+    end(rule, 2)
+    assert rule.state["frozen"].tolist() == [1, 1, 0]
 
 
 def test_omega_moves_in_its_own_steps():

@@ -66,12 +66,18 @@ def products(A: Tensor, B: Tensor, sizes: list[int]) -> Tensor:
     return torch.stack([torch.stack([block.sum() for block in row.split(sizes, 1)]) for row in both.split(sizes)])
 
 
+def spread(values: Tensor, sizes: list[int]) -> Tensor:
+    """values_k, r_k times each: ``[Σ r_k]`` of ``[K]``. The sizes are no tensor: no GPU has to be waited for."""
+    return torch.cat([value.expand(r) for value, r in zip(values, sizes, strict=True)])
+
+
 def combination(gram: Tensor) -> tuple[Tensor, float]:
     """x that minimises ‖D_K − Σ_{k<K} x_k D_k‖², and that over ‖D_K‖².
 
     Args:
         gram: <D_j, D_k>, [K, K], fp64, positive semi-definite.
     """
+    gram = gram.cpu()  # where lstsq takes matrices that lack rank
     x = torch.linalg.lstsq(gram[:-1, :-1], gram[:-1, -1:], driver="gelsd").solution[:, 0]
     difference = torch.cat([-x, x.new_ones(1)])
     rest = difference @ gram @ difference
@@ -109,6 +115,7 @@ class SdLora(Summed):
             self.write(self.start(i))
             alphas = self._tensor("alpha").to(alphas)
             self._old = [self._lengths(n, A) for n, A in enumerate(self.merged.A)]
+            self._sizes = self._tensor("sizes").tolist()
         new = alphas.new_full((len(alphas), 1), self.options.alpha_init)
         self.learn("alpha", torch.cat([alphas, new], dim=1))
         self.route(self._first if i == 1 else self.with_old)
@@ -119,7 +126,7 @@ class SdLora(Summed):
     def with_old(self, layer: Layer) -> LoraTerms:
         n = self.index(layer)
         alpha = self._alpha(n)
-        gate = [(alpha[:-1] * self._old[n]).repeat_interleave(self._tensor("sizes")[n]), alpha[-1].expand(len(layer.A))]
+        gate = [spread(alpha[:-1] * self._old[n], self._sizes[n]), alpha[-1].expand(len(layer.A))]
         A, B = torch.cat([self.merged.A[n], layer.A]), torch.cat([self._B()[n], layer.B], dim=1)
         return LoraTerms(A, B, layer.scale, gate=torch.cat(gate))
 
@@ -139,7 +146,7 @@ class SdLora(Summed):
         c = torch.stack([norms(A, B, [len(A)]) for A, B in zip(new.A, new.B, strict=True)])
         if self.options.handover == "jump":
             c = torch.ones_like(c)
-        sizes = torch.tensor([[len(A)] for A in new.A])
+        sizes = torch.tensor([[len(A)] for A in new.A], device=c.device)
         if i > 1:
             new = Factors(
                 [torch.cat(pair) for pair in zip(self.merged.A, new.A, strict=True)],
@@ -150,7 +157,7 @@ class SdLora(Summed):
         A = self._absorbed(new.A) if i > 1 and self.options.absorb else new.A
         lengths = [self._lengths(n, one) for n, one in enumerate(A)]
         alpha, sizes = self._tensor("alpha"), self._tensor("sizes")
-        factors = [(alpha[min(n, len(alpha) - 1)] * one).repeat_interleave(sizes[n]) for n, one in enumerate(lengths)]
+        factors = [spread(alpha[min(n, len(alpha) - 1)] * one, sizes[n].tolist()) for n, one in enumerate(lengths)]
         self.write(Factors(A, [B * factor for B, factor in zip(self._B(), factors, strict=True)]))
 
     def _absorbed(self, A: list[Tensor]) -> list[Tensor]:

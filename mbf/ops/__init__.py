@@ -9,6 +9,7 @@ from mbf.ops.lora_group import GroupLayer, lora_group, lora_group_ref
 from mbf.ops.lora_linear import LoraTerms, lora_linear, lora_linear_ref
 from mbf.ops.lora_mlp import lora_mlp, lora_mlp_ref
 from mbf.ops.merge import MergeNorms, merge_, merge_ref_
+from mbf.ops.mora import MoraTerms, mora_accumulate, mora_accumulate_ref, mora_size
 from mbf.ops.philox import draw_seed, dropout_mask
 from mbf.ops.rsvd import rsvd, rsvd_ref
 from mbf.ops.task_boundary import task_boundary_, task_boundary_ref_
@@ -18,6 +19,7 @@ __all__ = [
     "GroupLayer",
     "LoraTerms",
     "MergeNorms",
+    "MoraTerms",
     "draw_seed",
     "dropout_mask",
     "frozen_linear",
@@ -32,6 +34,9 @@ __all__ = [
     "lora_mlp_ref",
     "merge_",
     "merge_ref_",
+    "mora_accumulate",
+    "mora_accumulate_ref",
+    "mora_size",
     "native_status",
     "orthonormal_rows",
     "orthonormal_rows_ref",

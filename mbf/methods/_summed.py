@@ -7,8 +7,6 @@ sum grows up to the rank min(d_out, d_in), which holds any sum.
 
 from __future__ import annotations
 
-from typing import ClassVar
-
 import torch
 from torch import Tensor
 
@@ -41,7 +39,7 @@ class Summed(Method):
     """
 
     changes_rank = True
-    into_weight: ClassVar[bool] = False
+    into_weight: bool = False
 
     def ranks(self, i: int) -> list[int]:
         """The rank of every layer's new LoRA in task i."""

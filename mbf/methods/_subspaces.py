@@ -122,6 +122,9 @@ class Subspace:
         """Of what is protected."""
         return self.basis.shape[0] - self.basis.shape[1] if self.retain else self.basis.shape[1]
 
+    def to(self, device: torch.device) -> Subspace:
+        return Subspace(self.basis.to(device), self.retain)
+
     def opposite(self) -> Subspace:
         """What is not protected, as if it were: ``outside`` of this is inside of that."""
         return Subspace(self.basis, not self.retain)
@@ -175,12 +178,11 @@ def to_state(spaces: Sequence[Subspace]) -> dict[str, Any]:
     return {"basis": [space.basis for space in spaces], "retain": retain}
 
 
-def from_state(state: Mapping[str, Any], device: torch.device) -> list[Subspace]:
+def from_state(state: Mapping[str, Any]) -> list[Subspace]:
     """The inverse of ``to_state``; none before there are any."""
     if "basis" not in state:
         return []
-    pairs = zip(state["basis"], state["retain"].tolist(), strict=True)
-    return [Subspace(basis.to(device), bool(retain)) for basis, retain in pairs]
+    return [Subspace(U, bool(retain)) for U, retain in zip(state["basis"], state["retain"].tolist(), strict=True)]
 
 
 # -- and in a task: rows of A ------------------------------------------------------------------------------------------

@@ -108,11 +108,11 @@ class InfLora(Summed):
 
     def _spaces(self, moments: Moments) -> list[Subspace]:
         """What is protected of each distinct input."""
-        spaces = from_state(self.state, moments.C[0].device) or [Subspace.empty(len(C), C.device) for C in moments.C]
+        spaces = from_state(self.state) or [Subspace.empty(len(C), C.device) for C in moments.C]
         if [len(space.basis) for space in spaces] != [len(C) for C in moments.C]:
             raise ValueError(
                 f"inflora protects {len(spaces)} layer inputs of widths {sorted({len(s.basis) for s in spaces})}, and "
                 f"the task's layers read {len(moments.C)} of widths {sorted({len(C) for C in moments.C})}; go on with "
                 "the model and the target modules of the earlier tasks"
             )
-        return spaces
+        return [space.to(C.device) for space, C in zip(spaces, moments.C, strict=True)]

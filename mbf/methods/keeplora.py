@@ -212,7 +212,7 @@ class KeepLora(Summed):
 
     @property
     def _spaces(self) -> list[Subspace]:
-        return from_state(self.state, self.layers[0].A.device)
+        return [space.to(layer.A.device) for space, layer in zip(from_state(self.state), self.layers, strict=True)]
 
     def _of_weight(self, layer: Layer) -> Subspace:
         Wt = layer.weight().mT

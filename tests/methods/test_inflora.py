@@ -252,7 +252,7 @@ def test_the_subspace_is_taken_from_the_trained_model(skip):
         train(model, i, steps=8, lr=0.3)
         learner.end_task(batches(i))
         after = input_moments(method, batches(i), skip=skip)  # of the sum of all tasks
-        found, changed = from_state(method.state, torch.device("cpu")), 0
+        found, changed = from_state(method.state), 0
         for space, old, C, C_before in zip(found, held, after.C, before.C, strict=True):
             expected, other = old.grown(C, 0.7).dual().basis, old.grown(C_before, 0.7).dual().basis
             torch.testing.assert_close(space.basis, expected, rtol=1e-3, atol=1e-3)

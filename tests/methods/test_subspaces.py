@@ -7,11 +7,13 @@ from mbf.methods._subspaces import (
     Subspace,
     complement,
     count_to_share,
+    from_state,
     left_vectors,
     project_out,
     root,
     rows,
     signed,
+    to_state,
     warn_if_exhausted,
 )
 from tests.methods.plain import method
@@ -197,6 +199,17 @@ def test_the_whole_space_is_held_as_nothing_left():
     X = matrix(8, 9, seed=2)
     assert not space.outside(X).any() and space.leading(X, 2).shape == (8, 0)
     assert space.grown(X, 0.99) is space and space.dual() is space
+
+
+def test_state_keeps_both_forms():
+    spaces = [subspace(12, 3), subspace(12, 9).dual(), Subspace.empty(5, torch.device("cpu"))]
+    assert from_state({}) == []
+    again = from_state({"other": 1, **to_state(spaces)})
+    assert [space.retain for space in again] == [False, True, False]
+    assert [space.dimension for space in again] == [3, 9, 0]
+    assert all(torch.equal(a.basis, b.basis) for a, b in zip(again, spaces, strict=True))
+    assert not spaces[1].opposite().retain and spaces[1].opposite().dimension == 3
+    assert spaces[1].to(torch.device("meta")).basis.is_meta and spaces[1].to(torch.device("meta")).retain
 
 
 # -- rows of A ---------------------------------------------------------------------------------------------------------

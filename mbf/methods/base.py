@@ -164,7 +164,7 @@ class Method:
     Options: ClassVar[type[Options]] = Options
     joint: ClassVar[bool] = False
     needs_data: bool = False
-    learns: ClassVar[bool] = False
+    learns: bool = False
     own_operator: ClassVar[bool] = False
     adopts: ClassVar[bool] = True
     merges_alone: ClassVar[bool] = True

@@ -104,8 +104,12 @@ METHODS = [
     ("magmax", {}),
     ("opcm", {}),
 ]
-# What changes the rank is for DDP alone: test_what_parts_cannot_follow.
-CASES = [(how, *method) for how in ("ddp", "fsdp") for method in METHODS] + [("ddp", "olora", {})]
+# What changes the rank or learns more than A and B is for DDP alone: test_what_parts_cannot_follow.
+REPLICATED: list[tuple[str, dict[str, Any]]] = [("olora", {}), ("clora", {}), ("sdlora", {}), ("amlora", {})]
+CASES = [
+    *((how, *method) for how in ("ddp", "fsdp") for method in METHODS),
+    *(("ddp", *method) for method in REPLICATED),
+]
 
 
 @pytest.mark.parametrize(("how", "method", "options"), CASES)
@@ -210,6 +214,7 @@ def begin_in_parts(method: str, options: dict[str, Any], tasks: int) -> str:
         ("inclora", {}, 1, "changes the rank"),
         ("slao", {"rank": 5, "basis": "rsvd", "B_start": "preserve"}, 1, "changes the rank"),
         ("slao", {"train": "B"}, 2, "trains only one of A and B"),
+        ("clora", {}, 0, "learns parameters beside A and B"),
     ],
 )
 def test_what_parts_cannot_follow(method: str, options: dict[str, Any], tasks: int, what: str) -> None:

@@ -10,8 +10,11 @@ and P the projector on the protected subspace M::
 
 so A_i A_iᵀ = I/3, and the task changes nothing for x in M: B_i A_i x = 0, up to rounding. A step of SGD on B_i with the
 rate η is one of −η s² G A_iᵀ A_i on W, with G = dL/dW: the gradient, projected on the rows of A_i. The LoRAs of all
-tasks are summed. ‖C‖² sums squared eigenvalues of C, fourth powers of x; ``energy="C^1/2"`` (ours) takes x itself, as
-GPM does.
+tasks are summed.
+
+‖C‖² sums squared eigenvalues of C, fourth powers of x; ``energy="C^1/2"`` (ours) takes x itself, as GPM does. In a
+decoder that is no detail, as a direction that all tokens share outweighs the others: in SmolLM2-135M 0.95 of ‖C‖² is 1
+or 2 of the 576 directions that q and v read, 0.95 of ‖C^1/2‖² is 79 to 314 of them (32 rows of a news task).
 
 Where 2 dim M > d its complement is stored instead ("retain" instead of "remove"), which takes d · min(k, d − k) numbers
 for every distinct layer input: q, k and v share one basis, and so do gate and up. In a Llama of 7B, all linear layers,

@@ -65,12 +65,17 @@ class PlainModel(nn.Module):
     """The layers side by side: layers of one width read one x, cut from ``input_ids`` as numbers.
 
     ``forward(inputs, targets)``: inputs ``[batch, tokens, widest d_in]``; the loss is half the squared distance of all
-    outputs from ``targets`` (zero by default), averaged over the batch.
+    outputs from ``targets`` (zero by default), averaged over the batch. Methods that read prompts find input
+    embeddings, always the same.
     """
 
     def __init__(self, layers: list[PlainLayer]) -> None:
         super().__init__()
         self.layers = nn.ModuleList(layers)
+        self.embeddings = nn.Embedding.from_pretrained(torch.randn(13, 6, generator=torch.Generator().manual_seed(0)))
+
+    def get_input_embeddings(self) -> nn.Embedding:
+        return self.embeddings
 
     def forward(self, inputs: Tensor, targets: list[Tensor] | None = None, **_: object) -> SimpleNamespace:
         cuts: dict[int, Tensor] = {}

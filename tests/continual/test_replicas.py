@@ -103,9 +103,17 @@ METHODS = [
     ("slao", {"A_start": "random"}),
     ("magmax", {}),
     ("opcm", {}),
+    ("lego", {}),
 ]
 # What changes the rank or learns more than A and B is for DDP alone: test_what_parts_cannot_follow.
-REPLICATED: list[tuple[str, dict[str, Any]]] = [("olora", {}), ("clora", {}), ("sdlora", {}), ("amlora", {})]
+REPLICATED: list[tuple[str, dict[str, Any]]] = [
+    ("olora", {}),
+    ("clora", {}),
+    ("sdlora", {}),
+    ("amlora", {}),
+    ("share", {}),
+    ("sapt", {}),
+]
 CASES = [
     *((how, *method) for how in ("ddp", "fsdp") for method in METHODS),
     *(("ddp", *method) for method in REPLICATED),

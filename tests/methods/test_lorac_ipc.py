@@ -123,15 +123,16 @@ def test_importance_is_that_of_the_formula():
     assert not any(one.any() for one in rule.state["mean"]) and min(scores) > 0
 
 
-def test_a_layer_counts_with_both_factors():
+def test_a_layer_counts_with_the_mean_of_the_products_over_both_factors():
+    """The third layer is ahead by its Ī U, but not by Ī, by U, by one factor or by the sum over its fewer entries."""
     rule = in_task(1, threshold=0.4)  # one of three
-    entries = [(1.0, 1.0), (0.0, 1.7), (0.5, 1.4)]
-    fill = []
-    for layer, (of_A, of_B) in zip(rule.layers, entries, strict=True):
-        fill += [torch.full_like(layer.A, of_A), torch.full_like(layer.B, of_B)]
-    rule.state = {**rule.state, "mean": fill, "deviation": [torch.ones_like(one) for one in fill]}
+    mean, deviation = [], []
+    for layer, of_A, of_B, U in zip(rule.layers, (1.2, 0.0, 0.9), (0.0, 1.2, 0.9), (0.25, 4.0, 1.0), strict=True):
+        mean += [torch.full_like(layer.A, of_A / U), torch.full_like(layer.B, of_B / U)]
+        deviation += [torch.full_like(layer.A, U), torch.full_like(layer.B, U)]
+    rule.state = {**rule.state, "mean": mean, "deviation": deviation}
     end(rule, 1)
-    assert rule.state["frozen"].tolist() == [1, 0, 0]
+    assert rule.state["frozen"].tolist() == [0, 0, 1]
 
 
 def test_iii_a_frozen_layer_computes_the_same_after_later_tasks():

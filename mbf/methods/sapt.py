@@ -35,12 +35,10 @@ from pydantic import Field, model_validator
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from mbf.methods._prompts import continues, prompt_tokens
 from mbf.methods._summed import Summed
 from mbf.methods.base import Batches, Factors, Layer, MethodInfo, Options, register
 from mbf.ops import LoraTerms
-
-IGNORED = -100
-"""The label of tokens that are no answer."""
 
 
 class SaptOptions(Options):
@@ -56,35 +54,6 @@ class SaptOptions(Options):
         if self.replay and self.pseudo is not None:
             raise ValueError("replay keeps prompts where pseudo would give samples; set one of the two")
         return self
-
-
-def prompt_tokens(inputs: Mapping[str, Any], length: int, rows: int) -> Tensor:
-    """bool [rows, length]: which tokens are the prompt's, neither padding nor answer.
-
-    ``attention_mask`` [rows, length] marks padding; ``labels`` [rows, K], which belong to the last K tokens, mark the
-    answer by whatever is not −100. A row without a prompt is one itself.
-    """
-    mask, labels = inputs.get("attention_mask"), inputs.get("labels")
-    if isinstance(mask, Tensor) and mask.shape == (rows, length):
-        mask = mask > 0
-        mask = mask | ~mask.any(1, keepdim=True)
-    else:
-        device = labels.device if isinstance(labels, Tensor) else None
-        mask = torch.ones(rows, length, dtype=torch.bool, device=device)
-    if not isinstance(labels, Tensor) or labels.dim() != 2:
-        return mask
-    answer = F.pad(labels != IGNORED, (length - labels.shape[1], 0), value=False)
-    prompt = mask & ~answer.to(mask.device)
-    return torch.where(prompt.any(1, keepdim=True), prompt, mask)
-
-
-def continues(cache: Any) -> bool:
-    """Whether ``past_key_values`` holds tokens, so that the inputs go on after a prompt that was seen."""
-    if cache is None:
-        return False
-    if callable(length := getattr(cache, "get_seq_length", None)):
-        return int(length()) > 0
-    return len(cache) > 0
 
 
 @register

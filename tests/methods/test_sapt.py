@@ -10,7 +10,7 @@ from transformers import GenerationConfig, Trainer, TrainingArguments
 
 import mbf
 from mbf.methods import Factors, get
-from mbf.methods.sapt import continues, prompt_tokens
+from mbf.methods._prompts import continues, prompt_tokens
 from mbf.run.data import Collator
 from tests.continual.tiny import VOCABULARY, base_model, batch, batches, logits, peft_model, train
 from tests.methods.plain import assert_same, begin, deltas, learn, method, random_factors

@@ -4,6 +4,7 @@ from mbf.ops._library import native_status, use_backend
 from mbf.ops._terms import BranchTerms
 from mbf.ops.basis import orthonormal_rows, orthonormal_rows_ref
 from mbf.ops.frozen_linear import frozen_linear, frozen_linear_ref
+from mbf.ops.lilora import LiloraTerms, lilora_accumulate, lilora_accumulate_ref
 from mbf.ops.lora_accumulate import lora_accumulate, lora_accumulate_ref
 from mbf.ops.lora_group import GroupLayer, lora_group, lora_group_ref
 from mbf.ops.lora_linear import LoraTerms, lora_linear, lora_linear_ref
@@ -17,6 +18,7 @@ from mbf.ops.task_boundary import task_boundary_, task_boundary_ref_
 __all__ = [
     "BranchTerms",
     "GroupLayer",
+    "LiloraTerms",
     "LoraTerms",
     "MergeNorms",
     "MoraTerms",
@@ -24,6 +26,8 @@ __all__ = [
     "dropout_mask",
     "frozen_linear",
     "frozen_linear_ref",
+    "lilora_accumulate",
+    "lilora_accumulate_ref",
     "lora_accumulate",
     "lora_accumulate_ref",
     "lora_group",

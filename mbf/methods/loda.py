@@ -254,8 +254,7 @@ class Loda(Summed):
         C = [old + new for old, new in zip(C_prev, moments.C, strict=True)]
         if self.options.count_twice:
             C = [old + new for old, new in zip(C, self._measure(data).C, strict=True)]
-        kept = self.state["ranks"] if i > 1 else torch.tensor(ranks)
-        self.state = {"C": C, "ranks": kept}
+        self.state = {"C": C, "ranks": torch.tensor(ranks)}
 
     def _add(self, i: int, new: Factors) -> None:
         if i > 1:

@@ -3,6 +3,7 @@
 import pytest
 import torch
 from pydantic import ValidationError
+from transformers import Trainer, TrainingArguments
 
 import mbf
 from mbf.methods._passes import input_moments
@@ -485,6 +486,31 @@ def test_several_processes_are_refused_unless_they_only_average(monkeypatch):
         begin(rule, 1)
     assert torch.equal(rule.layers[0].A, before.A[0])
     begin(method("loda", gao=False), 1)
+
+
+def test_trainer_with_accumulation_and_checkpointing_is_split_as_a_whole(tmp_path):
+    model = peft_model(lora_dropout=0.1)
+    learner = mbf.ContinualLora(model, "loda")
+    rows = [{k: v[0] for k, v in batch(n, rows=1).items()} for n in range(8)]
+    arguments = TrainingArguments(
+        output_dir=str(tmp_path),
+        per_device_train_batch_size=1,
+        gradient_accumulation_steps=4,
+        gradient_checkpointing=True,
+        num_train_epochs=1,
+        report_to="none",
+        save_strategy="no",
+        use_cpu=True,
+        disable_tqdm=True,
+    )
+    seen = []
+    with learner.task("one", batches(1)):
+        handle = model.get_base_model().register_forward_pre_hook(
+            lambda module, args, kwargs: seen.append(len(kwargs["input_ids"])), with_kwargs=True
+        )
+        Trainer(model=model, args=arguments, train_dataset=rows).train()
+        handle.remove()
+    assert seen == [1] * 2 * (4 + 8) and learner.history[0].steps == 2  # two rows a group, each run twice
 
 
 def test_alignment_learns():

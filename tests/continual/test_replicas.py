@@ -109,7 +109,10 @@ METHODS = [
 REPLICATED: list[tuple[str, dict[str, Any]]] = [
     ("olora", {}),
     ("clora", {}),
+    ("rank1", {}),
     ("sdlora", {}),
+    ("codyra", {"steps": 3, "kappa_max": 0.05}),
+    ("lorac_ipc", {"threshold": 0.2}),  # a frozen layer's parameters have gradients of zero, without which DDP waits
     ("amlora", {}),
     ("share", {}),
     ("sapt", {}),

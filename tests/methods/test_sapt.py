@@ -317,7 +317,9 @@ def test_the_term_is_zero_where_the_attention_is_what_it_was():
     assert rule.loss_extra().item() > 1e-3
 
 
-@pytest.mark.parametrize(("options", "kept"), [({}, False), ({"pseudo": pseudo, "kl": 0.0}, True)], ids=str)
+@pytest.mark.parametrize(
+    ("options", "kept"), [({}, False), ({"pseudo": pseudo, "kl": 0.0}, True)], ids=["none", "no weight"]
+)
 def test_without_samples_or_weight_there_is_no_term(options, kept):
     rule = method("sapt", **options)
     for i in (1, 2):

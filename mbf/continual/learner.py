@@ -112,6 +112,7 @@ class ContinualLora:
         if fuse and not is_fused(model):
             logger.info("%s", str(fuse_layers(model)).splitlines()[0])
         self.replicas = Replicas(process_group)
+        self.method.total = self.replicas.total
         self.history: list[TaskRecord] = []
         self._active: _Active | None = None
         if learnt or (learnt is None and any(bool(B.count_nonzero()) for B in self.method.current.B)):

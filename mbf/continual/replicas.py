@@ -80,6 +80,14 @@ class Replicas:
                 for tensor, values in zip(here, buffer.split([tensor.numel() for tensor in here]), strict=True):
                     tensor.copy_(values.view_as(tensor))
 
+    def total(self, tensor: Tensor) -> Tensor:
+        """The sum of ``tensor`` over the processes; it stays as it is."""
+        if self.size == 1:
+            return tensor
+        total = tensor.detach().clone()
+        dist.all_reduce(total, group=self._pg)
+        return total
+
     def differing(self, tensors: Sequence[Tensor]) -> list[tuple[int, int]]:
         """(index of a tensor, rank in the group) wherever a process holds another tensor than the first one does.
 

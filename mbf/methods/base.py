@@ -153,6 +153,8 @@ class Method:
         merged: the merged LoRA as it was when the current task began (what a roll-back restores).
         terms: the route in force, if any.
         learned: the parameters of its own in the task in progress, by name; empty between tasks.
+        total: the sum of a tensor over the processes that train together, each of which must call it; set by the
+            learner. For what a method counts in the rows of its own process.
         state: what outlives a task, by name: Factors, tensors, lists of them, numbers. Replaced, never changed in
             place.
 
@@ -177,6 +179,7 @@ class Method:
         self.merged = Factors()
         self.terms: Callable[[Layer], BranchTerms] | None = None
         self.learned: dict[str, list[torch.nn.Parameter]] = {}
+        self.total: Callable[[Tensor], Tensor] = _alone
         self.state: dict[str, Factors | Tensor | list[Tensor] | float | int] = {}
         self._places: dict[str, int] = {}
 
@@ -343,6 +346,10 @@ class Method:
     def state_bytes(self) -> int:
         """Bytes that the method keeps beside the adapter."""
         return sum(t.numel() * t.element_size() for t in self.state_dict().values())
+
+
+def _alone(tensor: Tensor) -> Tensor:
+    return tensor
 
 
 _LEARNED = "learned/"

@@ -14,8 +14,9 @@ projection that it was; so it is here, unless ``straight_through`` (ours) gives 
 routing.
 
 Ours: f is the layer's input at the last token of the prompt, or its mean over the prompt, as a language model has no
-[CLS]; ``active`` and ``keep`` default to these shares of the adapter's rank, 2/3 and 1/3; every forward is a batch of
-its own, also where several make an optimiser step; ties go to the expert that comes first.
+[CLS]; ``active`` and ``keep`` default to these shares of the adapter's rank, 2/3 and 1/3; where several forwards make
+an optimiser step, the first one's m holds for all of them, so that what is not active has no gradient in the whole
+step, and n counts the votes of all; processes that train together vote together; ties go to the first expert.
 """
 
 from __future__ import annotations
@@ -111,7 +112,10 @@ class Rank1(Summed):
         self.learns = self.options.straight_through
         self._later = False
         self._prompt: Tensor | None = None
-        self._votes: dict[int, Tensor] = {}
+        self._step: int | None = None
+        self._masks: dict[int, Tensor] = {}  # of the step
+        self._votes: dict[int, Tensor] = {}  # of the last forward
+        self._pending: dict[int, Tensor] = {}  # of those before it that are not in n yet
 
     def _count(self, r: int, chosen: int | None, share: float) -> int:
         return min(r, chosen) if chosen is not None else max(1, round(share * r))
@@ -119,7 +123,8 @@ class Rank1(Summed):
     # -- routing -------------------------------------------------------------------------------------------------------
 
     def init_adapter(self, i: int) -> None:
-        self._later, self._votes, self._prompt = i > 1, {}, None
+        self._later, self._prompt, self._step = i > 1, None, None
+        self._masks, self._votes, self._pending = {}, {}, {}
         if i > 1:
             self.write(self.start(i))
         routers = [(torch.randn(layer.A.shape) / layer.A.shape[1] ** 0.5).to(layer.A) for layer in self.layers]
@@ -141,14 +146,21 @@ class Rank1(Summed):
         return Experts(self, n, A, B, layer.scale, router)
 
     def mask(self, n: int, x: Tensor, router: Tensor) -> Tensor:
-        """m ``[r]`` of layer n for its input x, in the router's dtype; its votes are noted while the model trains."""
+        """m ``[r]`` of layer n for its input x, in the router's dtype.
+
+        While the model trains its votes are noted, and m is the one of the step, of all processes.
+        """
         features = pooled(x.detach(), self._prompt, self.options.feature).to(router.dtype)
         p = (features @ router.mT).softmax(-1)
         count = self._count(len(router), self.options.active, 2 / 3)
         votes = top(p.detach(), count).sum(0)
         if self.layers[n].module.training:
             self._votes[n] = votes  # not added: a recomputed forward votes again
-        m = top(votes, count).to(router.dtype)
+            if n not in self._masks:
+                self._masks[n] = top(self.total(votes), count)
+            m = self._masks[n].to(router.dtype)
+        else:
+            m = top(votes, count).to(router.dtype)
         if self.options.straight_through:
             share = p.mean(0)
             m = m + (share - share.detach())
@@ -159,20 +171,28 @@ class Rank1(Summed):
         self._prompt = None if read is None else prompt_tokens(inputs, read.shape[1], len(read))
 
     def forward_mod(self, step: int, inputs: Mapping[str, Any]) -> None:
-        self._add_votes()
+        self._end_forward()
+        if step != self._step:
+            self._step, self._masks = step, {}
         self._see(inputs)
 
     def inference_adapter(self, inputs: Mapping[str, Any]) -> None:
         self._see(inputs)
 
-    def after_step(self, step: int) -> None:
-        self._add_votes()
+    def _end_forward(self) -> None:
+        for n, votes in self._votes.items():
+            self._pending[n] = self._pending[n] + votes if n in self._pending else votes
+        self._votes = {}
 
-    def _add_votes(self) -> None:
-        """n_j += the votes of the last forward."""
-        if self._votes:
-            counts = [count + self._votes.get(n, 0) for n, count in enumerate(self._list("counts"))]
-            self.state, self._votes = {**self.state, "counts": counts}, {}
+    def _count_votes(self) -> None:
+        """n_j += the votes of the forwards since the last call, on all processes."""
+        self._end_forward()
+        if self._pending:
+            counts = self._list("counts")
+            new = [self._pending.get(n, torch.zeros_like(count)).to(counts[0].device) for n, count in enumerate(counts)]
+            parts = self.total(torch.cat(new)).split([len(count) for count in counts])
+            counts = [count + part.to(count.device) for count, part in zip(counts, parts, strict=True)]
+            self.state, self._pending = {**self.state, "counts": counts}, {}
 
     # -- what is kept --------------------------------------------------------------------------------------------------
 
@@ -182,6 +202,7 @@ class Rank1(Summed):
         return top(counts, self._count(len(counts), self.options.keep, 1 / 3))
 
     def loss_extra(self) -> Tensor | None:
+        self._count_votes()
         if not (self._later and self.options.penalty):
             return None
         overlaps = [
@@ -201,7 +222,7 @@ class Rank1(Summed):
         return LoraTerms(A, B, layer.scale)
 
     def after_task(self, i: int, data: Batches | None) -> None:
-        self._add_votes()
+        self._count_votes()
         now, S = self.current, [self._busiest(n) for n in range(len(self.layers))]
         kept = Factors(
             [A[s] for A, s in zip(now.A, S, strict=True)], [B[:, s].clone() for B, s in zip(now.B, S, strict=True)]

@@ -24,11 +24,11 @@ def in_task(i, r=6, **options):
 
 
 def forward(rule, seed=0):
-    """A training forward as the learner makes it; the votes are counted."""
+    """A step of its own with one forward, as the learner makes it; the votes are counted."""
     rule.model.train()
-    rule.forward_mod(0, {})
+    rule.forward_mod(seed, {})
     loss = rule.model(**data(seed)[0]).loss
-    rule.after_step(1)
+    rule.loss_extra()
     return loss
 
 
@@ -81,6 +81,8 @@ def test_ii_experts_that_are_not_chosen_have_no_gradient_at_all():
 
 def test_iii_the_penalty_is_zero_where_the_busiest_are_orthogonal_to_the_past():
     rule = in_task(2, penalty=0.3)
+    forward(rule, 8)
+    assert any(rule._busiest(n).tolist() != [True, True, *4 * [False]] for n in range(3))
     wanted = 0.0
     for n, layer in enumerate(rule.layers):
         S = rule.state["counts"][n].argsort(descending=True, stable=True)[:2].sort().values
@@ -125,20 +127,52 @@ def test_the_busiest_third_is_kept_and_joins_the_past():
 def test_v_every_sample_of_a_training_forward_casts_its_votes_once():
     rule = in_task(1)
     rule.model.train()
-    for seed in (1, 2):
+    for seed in (1, 2):  # both of one step
         rule.forward_mod(0, {})
         rule.model(**data(seed)[0])
         rule.model(**data(seed)[0])  # the same forward again, as activation checkpointing makes it
-    rule.after_step(1)
+    rule.loss_extra()
+    rule.loss_extra()  # of another optimiser
     rule.model.eval()
     rule.model(**data(3)[0])
-    rule.after_step(2)
+    rule.loss_extra()
     assert [int(count.sum()) for count in rule.state["counts"]] == [4 * 8] * 3
     wanted = [torch.zeros(6, dtype=torch.int64) for _ in rule.layers]
     for seed in (1, 2):
         for n, (votes, _) in enumerate(masks(rule, data(seed)[0]["inputs"])):
             wanted[n] += torch.tensor(votes)
     assert all(torch.equal(a, b) for a, b in zip(rule.state["counts"], wanted, strict=True))
+
+
+def test_the_vote_of_its_first_forward_holds_for_a_step():
+    rule = in_task(1, active=2)
+    alone = []
+    for seed in (1, 2):
+        rule.model.zero_grad()
+        forward(rule, seed).backward()
+        alone.append([layer.A.grad.any(1) for layer in rule.layers])
+    assert not all(torch.equal(a, b) for a, b in zip(*alone, strict=True))
+    rule.model.zero_grad()
+    for seed in (1, 2):
+        rule.forward_mod(7, {})
+        rule.model(**data(seed)[0]).loss.backward()
+    for layer, chosen in zip(rule.layers, alone[0], strict=True):
+        assert torch.equal(layer.A.grad.any(1), chosen)
+    rule.model.eval()  # who evaluates within the step votes for themselves
+    x = data(2)[0]["inputs"]
+    for layer, chosen in zip(rule.layers, alone[1], strict=True):
+        here = x[..., : layer.A.shape[1]]
+        wanted = here @ layer.W.T + layer.scale * (here @ layer.A.T * chosen) @ layer.B.T
+        torch.testing.assert_close(layer(here), wanted, rtol=1e-4, atol=1e-4)
+
+
+def test_processes_vote_together_and_count_together():
+    rule = in_task(1, active=2)
+    rule.total = lambda votes: votes + torch.tensor([0, 0, 0, 9, 0, 9]).repeat(len(votes) // 6)
+    forward(rule, 1).backward()
+    for layer, count in zip(rule.layers, rule.state["counts"], strict=True):
+        assert layer.A.grad.any(1).tolist() == [False, False, False, True, False, True]
+        assert int(count.sum()) == 2 * 4 + 18 and count[3] >= 9 and count[5] >= 9
 
 
 def test_the_prompt_gives_the_feature():

@@ -98,7 +98,6 @@ def mean_gradients(
             sums[n] = sums[n].addmm_(dy.T, x) if n in sums else dy.T @ x
 
     count = watch_gradients(method, data, add, limit=limit)
-    _check_called(method, sums.keys())
     return [sums[n] / count for n in range(len(method.layers))]
 
 
@@ -150,8 +149,9 @@ def watch_gradients(method: Method, data: Batches | None, sink: GradientSink, *,
         The number of batches.
 
     Raises:
-        ValueError: no batch, or the model gives no loss for it.
+        ValueError: no batch, no loss, or a layer that the loss does not depend on.
     """
+    reached: set[int] = set()
     seen: list[tuple[int, Tensor, Tensor]] = []
 
     def caught(n: int) -> Callable[..., None]:
@@ -179,9 +179,11 @@ def watch_gradients(method: Method, data: Batches | None, sink: GradientSink, *,
             with torch.no_grad():
                 for (n, x, _), dy in zip(seen, gradients, strict=True):
                     if dy is not None:
+                        reached.add(n)
                         masked = dy if keep is None or keep.shape != dy.shape[:-1] else dy * keep[..., None]
                         sink(n, x, masked)
             count += 1
+    _check_called(method, reached)
     return count
 
 

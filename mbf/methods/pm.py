@@ -12,19 +12,22 @@ its scale, with probability 1/3 each, which is a perturbation of the weights alo
 
 Ours:
 
-- A task starts from θ̂_{t−1}, with a new LoRA: D = s B A. The note leaves open whether it starts from θ*_{t−1}.
+- A task's LoRA stands beside θ̂_{t−1}, so D = s B A. It starts new, from θ̂_{t−1} itself; the note leaves open whether
+  from θ*_{t−1} instead, which is ``start="last"``: from A_{t−1} and (1 − α) B_{t−1}, as θ̂ + (1 − α) D = θ*.
 - F is of the adapted weights, in weight space. ``fisher="dense"``: of F_i and F_i ⊙ θ*_i only the sums over the tasks
   are needed, S_1 and S_2, exactly; they take twice the adapted weights' memory however many tasks come. As F is as
   large as W and of no low rank, B A is formed there, one layer at a time.
 - ``fisher="factored"``: F_i ≈ u_i v_iᵀ with u the squared output gradients of a sample, summed over its tokens, and v
-  the mean square of the inputs. <u vᵀ ⊙ B A, B' A'> = tr((Bᵀ diag(u) B') (A' diag(v) Aᵀ)), so nothing of W's size is
-  formed, and it takes T (d_out + d_in) numbers a layer, beside all tasks' factors.
-- A sample's gradient is that of its part of the batch's loss, times the rows of the batch.
+  the mean square of the inputs at tokens that have a gradient. <u vᵀ ⊙ B A, B' A'> =
+  tr((Bᵀ diag(u) B') (A' diag(v) Aᵀ)), so nothing of W's size is formed, and it takes T (d_out + d_in) numbers a layer,
+  beside all tasks' factors.
+- A sample's gradient, which is squared exactly, is that of its part of the batch's loss, times the rows of the batch.
 - α is kept within [0, 1], and is 1/t where all F are zero. ε is drawn by (task, step), the same on every process.
 """
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Mapping
 from typing import Any, Literal
 
@@ -41,6 +44,7 @@ from mbf.ops import LoraTerms
 class PmOptions(Options):
     eps: float = Field(0.5, ge=0, description="ε: the LoRA is trained at 1, 1 + ε and 1 − ε of its scale")
     fisher: Literal["dense", "factored"] = Field("dense", description="F of every weight, or u vᵀ (ours)")
+    start: Literal["merged", "last"] = Field("merged", description="a task trains from θ̂_{t−1} or from θ*_{t−1} (ours)")
     per_module: bool = Field(False, description="an α a layer instead of one for the model")
     batches: int | None = Field(None, ge=1, description="batches of the task to take F of; none: all")
 
@@ -52,6 +56,17 @@ def optimum(sums: Tensor, t: int, per_module: bool) -> Tensor:
     return alpha.clamp(0, 1)
 
 
+def by_sample(x: Tensor, dy: Tensor) -> tuple[Tensor, Tensor]:
+    """A layer's inputs and each sample's own gradients at its outputs, ``[batch, tokens, width]`` in fp32.
+
+    Args:
+        x: [batch, ..., d_in].
+        dy: [batch, ..., d_out], of a loss that is the mean over the samples.
+    """
+    rows = len(x)
+    return x.float().reshape(rows, -1, x.shape[-1]), rows * dy.float().reshape(rows, -1, dy.shape[-1])
+
+
 def weighted_product(u: Tensor, v: Tensor, left: tuple[Tensor, Tensor], right: tuple[Tensor, Tensor]) -> Tensor:
     """<(u vᵀ) ⊙ B A, B' A'> for ``left`` (A, B) and ``right`` (A', B'), from small products."""
     (A, B), (other_A, other_B) = left, right
@@ -60,7 +75,10 @@ def weighted_product(u: Tensor, v: Tensor, left: tuple[Tensor, Tensor], right: t
 
 @register
 class Pm(Summed):
-    """State: the LoRA's rank and, dense, S_1 and S_2 of each layer; or, factored, u, v and B of every task, and α."""
+    """State: the LoRA's rank and, dense, S_1 and S_2 of each layer; or, factored, u, v and B of every task, and α.
+
+    With ``start="last"`` also A_t and (1 − α) B_t of the last task.
+    """
 
     name = "pm"
     Options = PmOptions
@@ -89,6 +107,10 @@ class Pm(Summed):
         super().init_adapter(i)
         if i == 1:
             self.route(self.with_old)
+
+    def start(self, i: int) -> Factors:
+        last = self.state.get("last")
+        return last if isinstance(last, Factors) else super().start(i)
 
     def forward_mod(self, step: int, inputs: Mapping[str, Any]) -> None:
         draw = torch.randint(3, (), generator=torch.Generator().manual_seed(1_000_003 * self._task + step))
@@ -127,6 +149,9 @@ class Pm(Summed):
             self.write(scaled)
         else:
             self.append(scaled)
+        if self.options.start == "last":
+            rest = [B * (1 - a).to(B) for B, a in zip(new.B, alpha, strict=True)]
+            self.state = {**self.state, "last": Factors(new.A, rest)}
 
     def _dense(self, i: int, new: Factors, data: Batches | None) -> Tensor:
         F = self._fisher(data)
@@ -138,7 +163,7 @@ class Pm(Summed):
             S_1[n] = F[n] + (S_1[n] if i > 1 else 0)
             S_2[n] = F[n] * (merged + D) + (S_2[n] if i > 1 else 0)
             numerator = ((S_2[n] - S_1[n] * merged) * D).sum(dtype=torch.float64)
-            found.append(torch.stack([numerator, (S_1[n] * D.square()).sum(dtype=torch.float64)]))
+            found.append(torch.stack([numerator, (S_1[n] * D.square()).sum(dtype=torch.float64)]).cpu())
         self.state = {**self.state, "S1": S_1, "S2": S_2}
         return optimum(torch.stack(found), i, self.options.per_module)
 
@@ -149,17 +174,16 @@ class Pm(Summed):
     def _fisher(self, data: Batches | None) -> list[Tensor]:
         """E[(dL_n/dW)²] over samples n, per layer ``[d_out, d_in]`` in fp32."""
         sums: dict[int, Tensor] = {}
-        samples = 0
+        samples: Counter[int] = Counter()
 
         def add(n: int, x: Tensor, dy: Tensor) -> None:
-            nonlocal samples
-            samples += len(x) if n == 0 else 0
-            for x_n, dy_n in zip(x.float(), len(x) * dy.float(), strict=True):
+            samples[n] += len(x)
+            for x_n, dy_n in zip(*by_sample(x, dy), strict=True):
                 square = (dy_n.mT @ x_n).square_()
                 sums[n] = sums[n].add_(square) if n in sums else square
 
-        watch_gradients(self, data or [], add, limit=self.options.batches)
-        return [sums[n] / samples for n in range(len(self.layers))]
+        watch_gradients(self, data, add, limit=self.options.batches)
+        return [sums[n] / samples[n] for n in range(len(self.layers))]
 
     # -- the same with F = u vᵀ ----------------------------------------------------------------------------------------
 
@@ -182,26 +206,26 @@ class Pm(Summed):
                 c = torch.cat([alphas[n], alphas.new_zeros(1)])
                 c[:k] -= alphas[n][:k]
                 c[k] -= 1
-                apart = (A.double(), layer.scale * B[n].double() * c.repeat_interleave(r))
+                apart = (A.double(), layer.scale * B[n].double() * c.repeat_interleave(r).to(A.device))
                 numerator = numerator - weighted_product(u[n][k].double(), v[n][k].double(), apart, D)
                 denominator = denominator + weighted_product(u[n][k].double(), v[n][k].double(), D, D)
-            found.append(torch.stack([numerator, denominator]))
+            found.append(torch.stack([numerator, denominator]).cpu())
         alpha = optimum(torch.stack(found), i, self.options.per_module)
         self.state = {**self.state, "u": u, "v": v, "B": B, "alpha": torch.cat([alphas, alpha[:, None]], dim=1)}
         return alpha
 
     def _fisher_factors(self, data: Batches | None) -> tuple[list[Tensor], list[Tensor]]:
         """u and v of every layer, ``[1, d_out]`` and ``[1, d_in]``."""
-        sums: dict[int, tuple[Tensor, Tensor]] = {}
-        samples, tokens = 0, 0
+        sums: dict[int, list[Tensor]] = {}
+        samples: Counter[int] = Counter()
 
         def add(n: int, x: Tensor, dy: Tensor) -> None:
-            nonlocal samples, tokens
-            samples += len(x) if n == 0 else 0
-            tokens += x.shape[:-1].numel() if n == 0 else 0
-            u, v = (len(x) * dy.float()).square().sum((0, 1)), x.float().square().sum((0, 1))
-            sums[n] = (sums[n][0] + u, sums[n][1] + v) if n in sums else (u, v)
+            samples[n] += len(x)
+            x, dy = by_sample(x, dy)
+            reached = dy.any(-1)  # neither padding nor what the loss does not read
+            new = [dy.square().sum((0, 1)), x[reached].square().sum(0), reached.sum()]
+            sums[n] = [old + more for old, more in zip(sums[n], new, strict=True)] if n in sums else new
 
-        watch_gradients(self, data or [], add, limit=self.options.batches)
-        layers = range(len(self.layers))
-        return [sums[n][0][None] / samples for n in layers], [sums[n][1][None] / tokens for n in layers]
+        watch_gradients(self, data, add, limit=self.options.batches)
+        u = [sums[n][0][None] / samples[n] for n in range(len(self.layers))]
+        return u, [sums[n][1][None] / sums[n][2].clamp(min=1) for n in range(len(self.layers))]

@@ -40,8 +40,9 @@ def run(tasks, **options):
     merged = [torch.zeros_like(layer.W) for layer in rule.layers]
     for i in range(1, tasks + 1):
         begin(rule, i)
-        for layer, before in zip(rule.layers, merged, strict=True):
-            torch.testing.assert_close(layer.delta(), before, rtol=1e-3, atol=1e-4)  # starts from what is merged
+        start = stars[-1] if stars and options.get("start") == "last" else merged
+        for layer, before in zip(rule.layers, start, strict=True):
+            torch.testing.assert_close(layer.delta(), before, rtol=1e-3, atol=1e-4)
         randomise(rule)
         stars.append([layer.delta() for layer in rule.layers])
         fishers.append(per_sample_fisher(rule, i))
@@ -123,6 +124,13 @@ def test_iv_sums_over_tasks_give_the_alpha_of_the_definition(per_module):
     assert sorted(rule.state) == ["S1", "S2", "ranks"]
 
 
+@pytest.mark.parametrize("per_module", [False, True])
+def test_a_task_may_start_from_where_the_last_one_ended(per_module):
+    rule, alphas = run(3, start="last", per_module=per_module)
+    assert all(0.02 < float(a) < 0.98 for a in alphas[1])
+    assert [A.shape[0] for A in rule.state["last"].A] == [4, 4, 4]
+
+
 def test_factored_statistics_give_the_alpha_of_their_outer_product(monkeypatch):
     """With F = u vᵀ both ways are the same; the dense one is checked against the definition."""
     merged = {}
@@ -168,6 +176,33 @@ def test_fisher_factors_are_mean_squares_and_the_dense_one_is_exact():
         y = layer(here).detach()  # the loss is half its square, so dy = y a sample
         torch.testing.assert_close(u[n][0], y.square().sum(1).mean(0), rtol=1e-4, atol=1e-4)
         torch.testing.assert_close(v[n][0], here.square().mean((0, 1)), rtol=1e-4, atol=1e-4)
+
+
+def test_padding_and_what_the_loss_does_not_read_are_no_samples_inputs():
+    rule = method("pm", fisher="factored")
+    begin(rule, 1)
+    randomise(rule)
+    rule.route(None)
+    whole = rule._fisher_factors(data(1))
+    padded = []
+    for one in data(1):
+        rows, tokens, width = one["inputs"].shape
+        mask = torch.cat([torch.ones(rows, tokens), torch.zeros(rows, 3)], 1)
+        padded.append(
+            {"inputs": torch.cat([one["inputs"], 50 * torch.ones(rows, 3, width)], 1), "attention_mask": mask}
+        )
+    for found, wanted in zip(rule._fisher_factors(padded), whole, strict=True):
+        for a, b in zip(found, wanted, strict=True):
+            torch.testing.assert_close(a, b, rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize("fisher", ["dense", "factored"])
+def test_a_layer_that_the_data_do_not_reach_is_named(fisher):
+    rule = method("pm", fisher=fisher)
+    begin(rule, 1)
+    rule.model.layers = rule.model.layers[1:]
+    with pytest.raises(ValueError, match="did not reach layer0"):
+        end(rule, 1)
 
 
 @pytest.mark.parametrize("i", [1, 2])

@@ -348,8 +348,8 @@ def test_misuse_is_refused_before_anything_changes():
     with pytest.raises(TaskError, match="unmerge_adapter"):
         learner.begin_task("one")
     model.unmerge_adapter()
-    with pytest.raises(ValueError, match="unknown; did you mean 'slao'"):
-        mbf.ContinualLora(model, "sloa")
+    with pytest.raises(ValueError, match="unknown; did you mean 'seqlora'"):
+        mbf.ContinualLora(model, "seqlor")
     with pytest.raises(ValueError, match="no LoRA adapter 'other'"):
         mbf.ContinualLora(model, adapter="other")
     with pytest.raises(ValueError, match="built already"):

@@ -1,7 +1,8 @@
 """SD-LoRA: the directions of old tasks' LoRAs stay, and how far to go along each is learnt anew with every task.
 
-*SD-LoRA: Scalable Decoupled Low-Rank Adaptation for Class Incremental Learning*, Wu et al., ICLR 2025, and the authors'
-public code (``backbone/lora.py``). With the direction D_k = B_k A_k / (‖B_k‖ ‖A_k‖), Frobenius norms, of task k::
+*SD-LoRA: Scalable Decoupled Low-Rank Adaptation for Class Incremental Learning*, Wu et al., ICLR 2025 (arXiv
+2501.13198), and the authors' public code (``backbone/lora.py``). With the direction D_k = B_k A_k / (‖B_k‖ ‖A_k‖) of
+task k, Frobenius norms::
 
     y = W x + s (Σ_{k<i} α_k c_k D_k x + α_i B_i A_i x)      A_i, B_i and all α trained; D_k frozen
 

@@ -133,13 +133,14 @@ def test_iv_a_task_that_is_a_combination_is_absorbed_and_the_function_stays(shar
         end(rule, 3)
         assert rule.state["alpha"].shape[1] == 3
         return
+    length = torch.stack([(layer.B.norm() * layer.A.norm()).detach() for layer in rule.layers])[:, None]
     end(rule, 3)
     assert [A.shape[0] for A in rule.current.A] == [8, 8, 8] and rule.state["alpha"].shape[1] == 2
-    for layer, before in zip(rule.layers, inside, strict=True):
-        if handover == "rescale":
-            torch.testing.assert_close(layer.delta(), before, rtol=1e-3, atol=1e-3)
+    x = x if handover == "rescale" else x / length  # c_3 D_3 = Σ x_k c_k D_k
+    torch.testing.assert_close(rule.state["alpha"], alpha[:, :2] + alpha[:, 2:] * x, rtol=1e-3, atol=1e-3)
     if handover == "rescale":
-        torch.testing.assert_close(rule.state["alpha"], alpha[:, :2] + alpha[:, 2:] * x, rtol=1e-3, atol=1e-3)
+        for layer, before in zip(rule.layers, inside, strict=True):
+            torch.testing.assert_close(layer.delta(), before, rtol=1e-3, atol=1e-3)
 
 
 def test_a_task_of_its_own_is_kept():

@@ -22,6 +22,8 @@ STABLE_TORCH_LIBRARY_IMPL(mbf, CPU, m) {
   m.impl("lora_mlp_backward", TORCH_BOX(&mbf::cpu::lora_mlp_backward));
   m.impl("merge_", TORCH_BOX(&mbf::cpu::merge_));
   m.impl("merge_with_norms_", TORCH_BOX(&mbf::cpu::merge_with_norms_));
+  m.impl("mora_accumulate", TORCH_BOX(&mbf::cpu::mora_accumulate));
+  m.impl("mora_accumulate_backward", TORCH_BOX(&mbf::cpu::mora_accumulate_backward));
   m.impl("orthonormal_rows", TORCH_BOX(&mbf::cpu::orthonormal_rows));
   m.impl("rsvd", TORCH_BOX(&mbf::cpu::rsvd));
   m.impl("svd_factors", TORCH_BOX(&mbf::cpu::svd_factors));

@@ -70,4 +70,9 @@ Tensors lora_mlp_backward(Tensor dy, Tensor x, MaybeTensor g, MaybeTensor u, Ten
                           MaybeTensors merged_Bs, MaybeTensors merge_weights, std::string activation,
                           std::vector<bool> needs);
 
+Tensor mora_accumulate(Tensor y, Tensor x, Tensor M, int64_t kind, double scale, double dropout_p, MaybeTensor seed);
+std::tuple<Tensor, Tensor> mora_accumulate_backward(Tensor dy, MaybeTensor x, Tensor M, int64_t d_in, int64_t kind,
+                                                    double scale, double dropout_p, MaybeTensor seed,
+                                                    std::vector<bool> needs);
+
 }  // namespace mbf::cpu

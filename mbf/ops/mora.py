@@ -31,6 +31,7 @@ from torch.nn import functional as F
 from mbf.ops import _branch
 from mbf.ops._autograd import differentiable
 from mbf.ops._gpu import entrance
+from mbf.ops._inputs import check_floating
 from mbf.ops._library import define, reference_only
 from mbf.ops._operands import autocast_to, autocasts
 from mbf.ops.philox import check_p, draw_seed, drop, keep_mask, seed_tensor
@@ -298,7 +299,6 @@ def _check(y: Tensor, x: Tensor, M: Tensor, kind: int) -> None:
             "for the last axis"
         )
     for name, value in (("y", y), ("x", x), ("M", M)):
-        if not value.dtype.is_floating_point:
-            raise TypeError(f"{name} is {value.dtype}; it must be floating-point")
+        check_floating(value, name)
         if value.device != x.device:
             raise ValueError(f"{name} is on {value.device} but x on {x.device}; move them to one device")

@@ -57,6 +57,12 @@ struct Micro {
   // Gated activations of an MLP, n contiguous elements of C: a = act(g) u, and dg, du from da. Outputs may be inputs.
   void (*gated)(const C* g, const C* u, int64_t n, bool gelu, C* a);
   void (*gated_backward)(const C* da, const C* g, const C* u, int64_t n, bool gelu, C* dg, C* du);
+
+  // Of MoRA, n contiguous elements each: v = keep(v) times factor; (a, b) = (a cos − b sin, b cos + a sin);
+  // out = y + v times factor, for y and out of one type.
+  void (*keep)(C* v, int64_t n, Mask mask, C factor);
+  void (*turn)(C* a, C* b, int64_t n, const C* cosine, const C* sine);
+  void (*add)(const void* y, torch::headeronly::ScalarType type, const C* v, C factor, int64_t n, void* out);
 };
 
 // What a tile of a product begins with, and whether it is added to the output. Pointers are to the tile's own columns.

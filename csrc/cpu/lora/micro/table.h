@@ -14,6 +14,7 @@
 #include "philox.h"
 #include "project.h"
 #include "thin.h"
+#include "turn.h"
 
 namespace mbf::cpu::MBF_ISA {
 namespace {
@@ -67,12 +68,19 @@ void narrow(const C* from, int64_t n, void* to, ScalarType type) {
   });
 }
 
+template <typename C>
+void add(const void* y, ScalarType type, const C* v, C factor, int64_t n, void* out) {
+  with_type<C>(type, out,
+               [&](auto* p) { add_scaled<C>(static_cast<decltype(p)>(const_cast<void*>(y)), v, factor, n, p); });
+}
+
 }  // namespace
 
 template <typename C>
 const Micro<C>& micro() {
-  static constexpr Micro<C> table = {kLanes<C>, project<C>, expand<C>, outer<C>, thin<C>,
-                                     mask_bits, widen<C>,   narrow<C>, gated<C>, gated_backward<C>};
+  static constexpr Micro<C> table = {kLanes<C>,      project<C>, expand<C>, outer<C>, thin<C>,
+                                     mask_bits,      widen<C>,   narrow<C>, gated<C>, gated_backward<C>,
+                                     keep_scaled<C>, turn<C>,    add<C>};
   return table;
 }
 

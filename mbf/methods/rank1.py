@@ -55,6 +55,7 @@ def pooled(x: Tensor, prompt: Tensor | None, feature: str) -> Tensor:
     x = x.flatten(0, -3)
     if prompt is None or prompt.shape != x.shape[:2]:
         prompt = torch.ones(x.shape[:2], dtype=torch.bool, device=x.device)
+    prompt = prompt.to(x.device)
     if feature == "mean":
         share = prompt / prompt.sum(1, keepdim=True)
         return (x * share[..., None].to(x.dtype)).sum(1)
@@ -63,9 +64,13 @@ def pooled(x: Tensor, prompt: Tensor | None, feature: str) -> Tensor:
 
 
 def top(values: Tensor, count: int) -> Tensor:
-    """bool like ``values`` [..., r]: the ``count`` largest, of equals the first."""
-    order = values.argsort(dim=-1, descending=True, stable=True)
-    return torch.zeros_like(values, dtype=torch.bool).scatter_(-1, order[..., :count], True)
+    """Places of the ``count`` largest of ``values`` [..., r], of equals the first; ascending, int64 [..., count]."""
+    return values.argsort(dim=-1, descending=True, stable=True)[..., :count].sort(dim=-1).values
+
+
+def marked(places: Tensor, r: int) -> Tensor:
+    """bool [..., r]: whether each of r is among ``places``."""
+    return torch.zeros(*places.shape[:-1], r, dtype=torch.bool, device=places.device).scatter_(-1, places, True)
 
 
 class Experts(NamedTuple):
@@ -152,15 +157,16 @@ class Rank1(Summed):
         """
         features = pooled(x.detach(), self._prompt, self.options.feature).to(router.dtype)
         p = (features @ router.mT).softmax(-1)
-        count = self._count(len(router), self.options.active, 2 / 3)
-        votes = top(p.detach(), count).sum(0)
+        r = len(router)
+        count = self._count(r, self.options.active, 2 / 3)
+        votes = marked(top(p.detach(), count), r).sum(0)
         if self.layers[n].module.training:
             self._votes[n] = votes  # not added: a recomputed forward votes again
             if n not in self._masks:
-                self._masks[n] = top(self.total(votes), count)
+                self._masks[n] = marked(top(self.total(votes), count), r)
             m = self._masks[n].to(router.dtype)
         else:
-            m = top(votes, count).to(router.dtype)
+            m = marked(top(votes, count), r).to(router.dtype)
         if self.options.straight_through:
             share = p.mean(0)
             m = m + (share - share.detach())
@@ -197,7 +203,7 @@ class Rank1(Summed):
     # -- what is kept --------------------------------------------------------------------------------------------------
 
     def _busiest(self, n: int) -> Tensor:
-        """S of layer n: bool [r]."""
+        """S of layer n: int64 [keep]."""
         counts = self._list("counts")[n]
         return top(counts, self._count(len(counts), self.options.keep, 1 / 3))
 

@@ -12,6 +12,8 @@ STABLE_TORCH_LIBRARY_IMPL(mbf, CPU, m) {
   m.impl("dropout_mask", TORCH_BOX(&mbf::cpu::dropout_mask));
   m.impl("frozen_linear", TORCH_BOX(&mbf::cpu::frozen_linear));
   m.impl("frozen_linear_backward", TORCH_BOX(&mbf::cpu::frozen_linear_backward));
+  m.impl("lilora_accumulate", TORCH_BOX(&mbf::cpu::lilora_accumulate));
+  m.impl("lilora_accumulate_backward", TORCH_BOX(&mbf::cpu::lilora_accumulate_backward));
   m.impl("lora_accumulate", TORCH_BOX(&mbf::cpu::lora_accumulate));
   m.impl("lora_accumulate_backward", TORCH_BOX(&mbf::cpu::lora_accumulate_backward));
   m.impl("lora_group", TORCH_BOX(&mbf::cpu::lora_group));

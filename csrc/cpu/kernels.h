@@ -24,6 +24,12 @@ Tensor dropout_mask(Tensor seed, std::vector<int64_t> shape, double p);
 Tensor frozen_linear(Tensor x, Tensor weight, MaybeTensor bias);
 Tensor frozen_linear_backward(Tensor dy, Tensor weight);
 
+std::tuple<Tensor, Tensor> lilora_accumulate(Tensor y, Tensor x, Tensor A, Tensor B, Tensor Ea, Tensor Eb,
+                                             Tensor weight, Tensor scale, double dropout_p, MaybeTensor seed);
+std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> lilora_accumulate_backward(
+    Tensor dy, Tensor h, MaybeTensor x, Tensor A, Tensor B, Tensor Ea, Tensor Eb, Tensor weight, Tensor scale,
+    double dropout_p, MaybeTensor seed, std::vector<bool> needs);
+
 void merge_(Tensors merged, Tensors finetuned, Tensor weight);
 Tensor merge_with_norms_(Tensors merged, Tensors finetuned, Tensor weight);
 

@@ -34,7 +34,8 @@ DTYPES = {  # of y, of x, of the branch
     "bf16 on fp64": (torch.float64, torch.float64, torch.bfloat16),
 }
 USUAL = ("fp32", "bf16", "fp16", "fp32 on bf16")
-SHAPES = [((1,), 63, 500, 3, 1), ((7,), 500, 63, 12, 6), ((431,), 63, 63, 1, 3), ((3, 5), 64, 48, 8, 4)]
+# All of dEb hangs on r̃ numbers a row, whose rounding is luck where they are one or two.
+SHAPES = [((1,), 63, 500, 3, 7), ((7,), 500, 63, 12, 6), ((431,), 63, 63, 1, 3), ((3, 5), 64, 48, 8, 4)]
 ASKED = ("y", "x", "A", "B", "Ea", "Eb", "weight", "scale")
 native = pytest.mark.skipif(not ops.native_status().loaded, reason=f"no extension: {ops.native_status().reason}")
 
@@ -409,6 +410,13 @@ def test_errors(changed: dict[str, Any], error: type[Exception], message: str) -
 
 
 # -- the C++ kernels ---------------------------------------------------------------------------------------------------
+
+
+@native
+def test_the_cpu_has_kernels_of_its_own() -> None:
+    for name in ("lilora_accumulate", "lilora_accumulate_backward"):
+        assert torch._C._dispatch_has_kernel_for_dispatch_key(f"mbf::{name}", "CPU")
+
 
 LEVEL = """
 import torch

@@ -47,6 +47,7 @@ class Branch {
 
   int64_t rank() const { return r_; }
   ScalarType type() const { return type_; }  // of A, and so of h
+  C keep_scale() const { return keep_scale_; }
 
   // Which elements of rows `first` .. and columns `column` .. of x are kept; `bits` holds the stream.
   Mask mask(int64_t first, int64_t rows, int64_t column, int64_t columns, std::vector<uint8_t>& bits) const;
@@ -120,6 +121,9 @@ class BranchBackward {
   // First phase, for one chunk of rows: dys[n] begins at its first row, with null data if that output was not used (in
   // no chunk, then); hs[n] [all rows, r] as saved.
   void read_dy(int64_t chunk, const std::vector<Rows>& dys, const std::vector<Tensor>& hs);
+  // What it leaves for the second, dh [rows, r] times what dropout scales by: an operator may have a first phase of its
+  // own that does.
+  C* dh(size_t member) { return sums_[member].dh.get(); }
   // Second phase, for one tile: rows of x (null if no dA is asked) and of dx (null if not asked), both beginning at the
   // tile's first row and column; dx is added to, or overwritten by the first member.
   void visit(int64_t row_chunk, int64_t column_chunk, Rows x, Rows dx, bool add);

@@ -25,9 +25,10 @@ void add_chunks(const C* sums, int64_t chunks, int64_t rows, int64_t columns, in
   });
 }
 
-// out[i, j] = Σ_chunk sums[chunk, j, i]; `sums` is padded to whole vectors.
+// out[i, j] = Σ_chunk sums[chunk, j, i]; `sums` is padded to whole vectors. A chunk has `apart` rows, if not `rows`.
 template <typename C>
-void add_chunks_transposed(const C* sums, int64_t chunks, int64_t rows, int64_t columns, int64_t ld, C* out) {
+void add_chunks_transposed(const C* sums, int64_t chunks, int64_t rows, int64_t columns, int64_t ld, C* out,
+                           int64_t apart = -1) {
   using torch::stable::parallel_for;
   constexpr int64_t kWidth = 4;
   parallel_for(0, parts_of(columns, kWidth), parts_of(1 << 14, kWidth * rows), [&](int64_t begin, int64_t end) {
@@ -37,7 +38,7 @@ void add_chunks_transposed(const C* sums, int64_t chunks, int64_t rows, int64_t 
         C total[kWidth];
         std::copy_n(sums + j * ld + first, kWidth, total);
         for (int64_t chunk = 1; chunk < chunks; ++chunk) {
-          const C* more = sums + (chunk * rows + j) * ld + first;
+          const C* more = sums + (chunk * (apart < 0 ? rows : apart) + j) * ld + first;
           for (int64_t i = 0; i < kWidth; ++i) total[i] += more[i];
         }
         if (width == kWidth) {

@@ -117,11 +117,11 @@ NOTES = (
     "plain LoRA: the result is one; otherwise what plain PEFT loads approximates it",
     "source grade: where the rule is from; what the source leaves open is an option of ours",
 )
-_LEAST, _WIDE = 110, 160  # columns
+_LEAST, _WIDE = 100, 160  # columns
 
 
 def _show_methods(table: dict[str, dict[str, Any]]) -> None:
-    """Nothing is cut: in a terminal of less than 110 columns, the terminal wraps. Titles and sources need more."""
+    """Nothing is cut: in a terminal of less than 100 columns, the terminal wraps. Titles and sources need more."""
     screen = console()
     screen.width = max(screen.width, _LEAST)
     if screen.width < _WIDE:

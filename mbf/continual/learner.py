@@ -29,6 +29,7 @@ from mbf.continual.replicas import Replicas
 from mbf.methods import Batches, Factors, Method, get
 from mbf.peft import AdapterLayer, adapter_layers, is_fused, save_adapter, sync_config, whole_adapter
 from mbf.peft import fuse as fuse_layers
+from mbf.peft.base_weight import unpack
 from mbf.peft.sharded import reshard
 
 if TYPE_CHECKING:
@@ -171,6 +172,7 @@ class ContinualLora:
         i = len(self.history) + 1
         reshard(self.model)
         check_can_begin(self, name, i, data)
+        unpack(self.model)
         self.method.route(None)
         self._share()
         self.method.merged = self.method.current.clone()

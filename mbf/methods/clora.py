@@ -13,10 +13,12 @@ A and B learn through R_Δ alone (Theorem 3.1). A block-diagonal R with one scal
 By the concat identity one call computes it: s [B, B⁰] diag(R_Δ, R_old) [A; A⁰] x, A⁰ and B⁰ the same without gradient.
 
 Ours: in task 1 there is no old route, R_old = 0, and R_Δ starts from I (B from zero), which is plain LoRA with a
-trained R; from task 2 on R_Δ starts near zero, from N(0, delta_std²), as a remark says, and with R_Δ = 0 neither A nor
-B would have a gradient. The "declared old basis" of the penalty is read as R_old, its weight is our choice: where R_old
-has full rank only R_Δ = 0 makes it vanish, so it then is a pull of R_Δ towards zero. ``freeze`` keeps A or B after task
-1, which the sources leave open.
+trained R. With R_old = I and a small R_Δ, A and B would follow R_Δ's share of the gradient alone, which need not
+descend: the loss of a small model then rose under SGD. From task 2 on that is the method, and later tasks learn more
+slowly than by plain fine-tuning; R_Δ starts near zero there, from N(0, delta_std²), as a remark says, and with R_Δ = 0
+neither A nor B would have a gradient. The "declared old basis" of the penalty is read as R_old, its weight is our
+choice: where R_old has full rank only R_Δ = 0 makes it vanish, so it then is a pull of R_Δ towards zero. ``freeze``
+keeps A or B after task 1, which the sources leave open.
 """
 
 from __future__ import annotations

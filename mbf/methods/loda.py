@@ -26,6 +26,7 @@ Ours:
   one step a batch: the rows are split at random, and the step is made with (g_1' + g_2') / 2. That replaces the loop's
   own gradient, whose pass is spent all the same, so a step costs three passes over the batch instead of one (the
   authors': two), the micro-batches of an accumulated step included.
+- Processes that train together split the rows that each has, and average their gradients.
 - The loss is the model's own, each group's averaged over its labels. What a loop adds to it, and its clipping, do not
   reach these gradients. A step with a single row keeps the loop's gradient.
 - W is never changed: the sums are kept as the adapter. Only s is PEFT's.
@@ -98,10 +99,7 @@ def shrinkage(A: Tensor, C_prev: Tensor, C: Tensor, gamma: float) -> Tensor:
 
 @register
 class Loda(Summed):
-    """A general and a private branch for each task, summed. State: C_prev, d_in × d_in of each distinct layer input.
-
-    Of several processes each would align gradients with a split of its own, after they were averaged: refused.
-    """
+    """A general and a private branch for each task, summed. State: C_prev, d_in × d_in of each distinct layer input."""
 
     name = "loda"
     into_weight = True
@@ -139,13 +137,6 @@ class Loda(Summed):
     # -- before a task -------------------------------------------------------------------------------------------------
 
     def before_task(self, i: int, data: Batches | None) -> None:
-        dist = torch.distributed
-        several = dist.get_world_size() if dist.is_available() and dist.is_initialized() else 1
-        if self.options.gao and several > 1:
-            raise ValueError(
-                f"method 'loda' makes gradients of its own (gao=True), which {several} processes would not share; set "
-                "gao=False, or train in one process"
-            )
         ranks = self.ranks(i)
         for layer, r in zip(self.layers, ranks, strict=True):
             if r > (d_in := layer.A.shape[1]):
@@ -210,13 +201,21 @@ class Loda(Summed):
             self._groups.see(inputs)
 
     def after_backward(self) -> None:
-        first, second = self._groups.split()
-        if not (first and second):
+        if not self.options.gao:
             return
-        length = self.options.rho * float(torch.rand(()))
-        crossed = [self._crossed(first, second, length), self._crossed(second, first, length)]
-        for p, g_1, g_2 in zip(self._trained(), *crossed, strict=True):
-            p.grad = (g_1 + g_2) / 2
+        first, second = self._groups.split()
+        parameters = self._trained()
+        if first and second:
+            length = self.options.rho * float(torch.rand(()))
+            crossed = [self._crossed(first, second, length), self._crossed(second, first, length)]
+            gradients = [(g_1 + g_2) / 2 for g_1, g_2 in zip(*crossed, strict=True)]
+        else:
+            gradients = [torch.zeros_like(p) if p.grad is None else p.grad for p in parameters]
+        # Processes that train together take one step: no wrapper's hooks have averaged these gradients.
+        one = torch.cat([g.flatten() for g in (*gradients, gradients[0].new_ones(1))])
+        *summed, processes = self.total(one).split([*(p.numel() for p in parameters), 1])
+        for p, g in zip(parameters, summed, strict=True):
+            p.grad = (g / processes).view_as(p)
 
     def _trained(self) -> list[nn.Parameter]:
         return [p for layer in self.layers for p in (layer.A, layer.B) if p.requires_grad]

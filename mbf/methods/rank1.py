@@ -74,7 +74,10 @@ def marked(places: Tensor, r: int) -> Tensor:
 
 
 class Experts(NamedTuple):
-    """The terms of a forward: the old sum, and a pool of r experts that the batch chooses among."""
+    """The terms of a forward: the old sum, and a pool of r experts that the batch chooses among.
+
+    Terms of their own, not ``LoraTerms`` with a gate: the choice needs x, which a route sees in its operator only.
+    """
 
     method: Rank1
     place: int

@@ -6,9 +6,21 @@ from typing import Any
 
 import torch
 from peft.utils.integrations import dequantize_module_weight
-from torch import Tensor
+from torch import Tensor, nn
 
 from mbf.peft.sharded import whole
+
+
+def unpack(model: nn.Module) -> None:
+    """Undo what bitsandbytes does to 4-bit weights on processors with AVX512-BF16, where inference packs them.
+
+    It then can neither train nor dequantise them: gradients raise, and what comes out is another matrix. Saving unpacks
+    them, up to the rounding to bf16 that packing made in their scales.
+    """
+    for module in model.modules():
+        state = getattr(getattr(module, "weight", None), "quant_state", None)
+        if getattr(state, "packing_format_for_cpu", False):
+            module.state_dict()
 
 
 @torch.no_grad()
@@ -23,6 +35,8 @@ def dense_weight(base: Any, name: str, *, transposed: bool = False) -> Tensor:
     Raises:
         TypeError: it has no weight that PEFT can turn into a floating-point matrix.
     """
+    if isinstance(base, nn.Module):
+        unpack(base)
     try:
         weight: Any = dequantize_module_weight(base)
     except (AttributeError, TypeError) as error:

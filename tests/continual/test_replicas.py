@@ -139,6 +139,34 @@ def test_every_process_ends_with_the_lora_of_one(how: str, method: str, options:
     assert first["bytes"] == alone["bytes"]
 
 
+def learn_loda(gao: bool) -> list[list[Tensor]]:
+    """Every process sees all of the task's batches for the statistics and trains on its rows, of which it has two."""
+    rank, size = (dist.get_rank(), dist.get_world_size()) if dist.is_initialized() else (0, 1)
+    model = model_for("ddp", seed=rank)
+    torch.manual_seed(10 + rank)
+    learner = ContinualLora(model, "loda", gao=gao)
+    for n in (1, 2):
+        data = [batch(100 * n + step) for step in range(3)]
+        learner.begin_task(f"t{n}", data)
+        train(prepared(model, "ddp" if size > 1 else "alone"), n)
+        learner.end_task(data)
+    factors = learner.method.current.clone()
+    return [factors.A, factors.B]
+
+
+@pytest.mark.parametrize("gao", [False, True])
+def test_loda_takes_one_step_on_two_processes(gao: bool) -> None:
+    """Aligned gradients are made outside of the wrapper, which averages none of them."""
+    first, second = together(learn_loda, gao)
+    assert_equal(first, second)
+    torch.manual_seed(0)
+    alone = learn_loda(gao)
+    assert all(bool(B.count_nonzero()) for B in first[1])
+    if not gao:  # with it the rows are split apart by each process
+        for factors, wanted in zip(first, alone, strict=True):
+            torch.testing.assert_close(factors, wanted, rtol=2e-3, atol=2e-4)
+
+
 def learn_and_save(how: str, out: Path) -> list[Tensor]:
     return learn(how, "slao", {}, out)["B"]
 

@@ -60,6 +60,24 @@ def test_iii_gradients_flow_through_the_new_route_alone():
     torch.testing.assert_close(x.grad, S * dy @ B @ (old + delta) @ A)  # what is below sees the whole function
 
 
+def test_the_first_task_starts_as_plain_lora_and_trains_its_route():
+    rule = method("clora")
+    begin(rule, 1)
+    for n, layer in enumerate(rule.layers):
+        x, dy = torch.randn(6, layer.A.shape[1]), torch.randn(6, layer.B.shape[0])
+        for B in (layer.B.detach().clone(), torch.randn_like(layer.B)):  # zero, as it starts, and later
+            layer.B.data.copy_(B)
+            plain_A, plain_B = layer.A.detach().clone().requires_grad_(), B.clone().requires_grad_()
+            (layer.scale * x @ plain_A.T @ plain_B.T * dy).sum().backward()
+            rule.model.zero_grad()
+            rule.learned["R"][n].grad = None
+            layer(x).backward(dy)
+            torch.testing.assert_close(layer.A.grad, plain_A.grad, rtol=1e-4, atol=1e-4)
+            torch.testing.assert_close(layer.B.grad, plain_B.grad, rtol=1e-4, atol=1e-4)
+            wanted = layer.scale * B.T @ dy.T @ x @ layer.A.detach().T
+            torch.testing.assert_close(rule.learned["R"][n].grad, wanted, rtol=1e-4, atol=1e-4)
+
+
 def test_iv_no_new_route_no_gradient():
     rule = in_task(2)
     for n, layer in enumerate(rule.layers):

@@ -477,17 +477,6 @@ def test_the_passes_compute_under_the_loops_autocast():
     assert seen == 5 * [torch.bfloat16]
 
 
-def test_several_processes_are_refused_unless_they_only_average(monkeypatch):
-    monkeypatch.setattr(torch.distributed, "is_initialized", lambda: True)
-    monkeypatch.setattr(torch.distributed, "get_world_size", lambda *_: 2)
-    rule = method("loda")
-    before = rule.current.clone()
-    with pytest.raises(ValueError, match="2 processes would not share; set gao=False"):
-        begin(rule, 1)
-    assert torch.equal(rule.layers[0].A, before.A[0])
-    begin(method("loda", gao=False), 1)
-
-
 def test_trainer_with_accumulation_and_checkpointing_is_split_as_a_whole(tmp_path):
     model = peft_model(lora_dropout=0.1)
     learner = mbf.ContinualLora(model, "loda")

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+from types import SimpleNamespace
+from typing import Any
+
 import pytest
 import torch
 from peft import LoraConfig, get_peft_model
@@ -9,7 +12,7 @@ from torch import nn
 from transformers.pytorch_utils import Conv1D
 
 from mbf.peft import adapter_layers
-from mbf.peft.base_weight import dense_weight
+from mbf.peft.base_weight import dense_weight, unpack
 
 from .helpers import lora
 
@@ -49,6 +52,39 @@ def test_a_quantised_one_is_dequantised() -> None:
     base = base.to("cpu")
     base(torch.randn(2, 16))
     assert (dense_weight(base, "layer") - W).abs().max() < 0.05
+
+
+def test_what_inference_packed_trains_and_is_dequantised_again() -> None:
+    """bitsandbytes packs 4-bit weights where the processor has AVX512-BF16; elsewhere they stay as they are."""
+    bnb = pytest.importorskip("bitsandbytes", reason="the stand-in of the next test runs the same code everywhere")
+    base = bnb.nn.Linear4bit(64, 96, bias=False, compute_dtype=torch.float32, quant_type="nf4").to("cpu")
+    W, x = dense_weight(base, "layer"), torch.randn(3, 64)
+    with torch.no_grad():
+        base.eval()(x)
+    assert (dense_weight(base, "layer") - W).abs().max() < 1e-3
+    with torch.no_grad():
+        base(x)
+    unpack(nn.Sequential(base))
+    y = base.train()(x.requires_grad_())
+    torch.testing.assert_close(y, x @ W.T, rtol=1e-2, atol=1e-2)
+    (dx,) = torch.autograd.grad(y.sum(), x)
+    torch.testing.assert_close(dx[0], W.sum(0), rtol=1e-2, atol=1e-2)
+
+
+def test_only_what_is_packed_is_unpacked() -> None:
+    class Packed(nn.Module):
+        def __init__(self, packed: bool) -> None:
+            super().__init__()
+            self.weight = nn.Parameter(torch.zeros(2, 2))
+            self.weight.quant_state = SimpleNamespace(packing_format_for_cpu=packed)
+            self.saved = 0
+
+        def _save_to_state_dict(self, *_: Any) -> None:
+            self.saved += 1
+
+    model = nn.ModuleList([Packed(True), Packed(False), nn.Linear(2, 2)])
+    unpack(model)
+    assert [model[0].saved, model[1].saved] == [1, 0]
 
 
 def test_one_that_is_no_matrix_of_numbers_is_named() -> None:

@@ -14,7 +14,7 @@ import triton.language as tl
 from mbf.kernels._configs import Config
 from mbf.kernels._launch import cdiv, launch, spans
 from mbf.kernels._operands import padded, precision, weight_argument
-from mbf.kernels._tiles import effective_B, inside, offsets, product
+from mbf.kernels._tiles import effective_B, inside, joined, offsets, product
 from mbf.kernels._tune import config_for, programs_for
 from torch import Tensor
 
@@ -37,12 +37,16 @@ def accumulate_kernel(
     COLUMNS: tl.constexpr,
     MERGED: tl.constexpr,
     BY_VALUE: tl.constexpr,
+    FIRST: tl.constexpr,
     PRECISION: tl.constexpr,
 ):
-    """y and out ``[height, width]``, contiguous; out may be y."""
+    """y and out ``[height, width]``, contiguous; out may be y. With FIRST, B̂ is (B, merged_B): ``joined``."""
     columns = tl.program_id(0).to(tl.int64) * COLUMNS + tl.arange(0, COLUMNS)
     ranks = tl.arange(0, RANKS)
-    b = tl.trans(effective_B(B, merged_B, weight, columns, ranks, width, RANK, MERGED, BY_VALUE))
+    if FIRST:
+        b = tl.trans(joined(B, merged_B, columns, ranks, width, RANK, FIRST))
+    else:
+        b = tl.trans(effective_B(B, merged_B, weight, columns, ranks, width, RANK, MERGED, BY_VALUE))
     sums: tl.constexpr = tl.float64 if b.dtype == tl.float64 else tl.float32
     begin = tl.program_id(1).to(tl.int64) * span
     for first in range(begin, min(begin + span, height), ROWS):
@@ -55,13 +59,14 @@ def accumulate_kernel(
         tl.store(out + at, (tile.to(sums) + branch).to(out.dtype.element_ty), mask=there)
 
 
-def accumulate(y: Tensor, out: Tensor, z: Tensor, branch: Any) -> None:
-    """``out = y + s z B̂ᵀ`` for y and out ``[..., d_out]``, contiguous; out may be y."""
-    width, rank = branch.B.shape
+def accumulate(y: Tensor, out: Tensor, z: Tensor, branch: Any, more: Tensor | None = None) -> None:
+    """``out = y + s z B̂ᵀ`` for y and out ``[..., d_out]``, contiguous; out may be y. With ``more``, B̂ is (B, more)."""
+    width, rank = branch.B.shape[0], z.shape[-1]
     height = y.numel() // width
     B = branch.B.contiguous()
     merged = branch.merged_B is not None
     weight, by_value = weight_argument(branch, y.device)
+    second = branch.merged_B.contiguous() if merged else B if more is None else more.contiguous()
 
     def run(config: Config, out: Tensor) -> None:
         stripes = cdiv(width, config.columns)
@@ -73,7 +78,7 @@ def accumulate(y: Tensor, out: Tensor, z: Tensor, branch: Any) -> None:
             out,
             z,
             B,
-            branch.merged_B.contiguous() if merged else B,
+            second,
             weight,
             branch.scale,
             height,
@@ -85,6 +90,7 @@ def accumulate(y: Tensor, out: Tensor, z: Tensor, branch: Any) -> None:
             COLUMNS=config.columns,
             MERGED=merged,
             BY_VALUE=by_value,
+            FIRST=0 if more is None else branch.B.shape[1],
             PRECISION=precision(y.device),
             num_warps=config.warps,
             num_stages=config.stages,

@@ -31,8 +31,9 @@ class Config(NamedTuple):
 # Into how many programs a kernel is parted that keeps sums in registers: one for each multiprocessor.
 _PROGRAMS = {"sm_80": 108, "sm_90": 132, "sm_100": 148, "gfx942": 304, "cautious": 80}
 
-# Rows, columns, warps and stages by the ranks of a tile, 16, 32, 64, 128 and 256, as far as there are launches: the
-# largest tiles that compile without spills in every form (``compile``). First A and B in half types, then in others.
+# Rows, columns, warps and stages by the ranks of a tile, of the square kernels by q: 16, 32, 64, 128 and 256, as far as
+# there are launches: the largest tiles that compile without spills in every form (``compile``). First A and B, or M, in
+# half types, then in others.
 _TABLES = {
     "sm_80": {
         "project": (
@@ -58,6 +59,18 @@ _TABLES = {
         "input_gradient_group": (
             "32x128x8x2 32x128x8x2 32x64x8x2",
             "32x128x8x2 32x64x8x2",
+        ),
+        "square": (
+            "64x16x4x2 64x32x4x2 64x64x8x2 64x64x8x2 64x64x8x2",
+            "32x16x4x2 64x32x8x1 64x32x8x1 64x32x8x1 64x32x8x1",
+        ),
+        "square_input_gradient": (
+            "64x32x8x2 64x32x8x2 64x64x8x2 64x64x8x2 64x64x8x2",
+            "32x32x4x2 32x32x4x2 64x64x8x2 64x64x8x2 64x64x8x2",
+        ),
+        "square_gradient": (
+            "32x32x4x2 32x32x4x2 32x64x4x2 32x128x8x2 32x128x8x2",
+            "32x32x4x2 32x32x4x2 32x64x4x2 32x64x4x2 32x64x4x2",
         ),
         "epilogue": (
             "128x128x8x3 128x128x8x3 128x128x8x3 128x128x8x3 128x128x8x3",
@@ -89,6 +102,18 @@ _TABLES = {
             "32x128x8x2 32x64x8x2 32x64x8x2",
             "32x64x8x2 16x64x8x2",
         ),
+        "square": (
+            "64x16x4x2 64x32x4x2 64x64x4x2 64x128x8x2 64x128x8x2",
+            "32x16x4x2 32x32x4x2 64x64x8x2 64x64x8x2 64x64x8x2",
+        ),
+        "square_input_gradient": (
+            "64x32x8x2 64x32x8x2 64x64x8x2 64x64x8x2 64x64x8x2",
+            "64x32x4x2 64x32x4x2 64x32x4x2 64x32x4x2 64x32x4x2",
+        ),
+        "square_gradient": (
+            "32x32x4x2 32x32x4x2 32x64x4x2 32x128x8x2 32x128x8x2",
+            "32x32x4x2 32x32x4x2 32x64x4x2 32x64x4x2 32x64x4x2",
+        ),
         "epilogue": (
             "128x128x8x3 128x128x8x3 128x128x8x3 128x128x8x3 128x128x8x3",
             "128x128x8x3 128x128x8x3 64x128x8x3",
@@ -119,6 +144,18 @@ _TABLES = {
             "32x128x8x2 32x128x8x2 32x128x8x2",
             "32x64x8x2 32x64x8x2",
         ),
+        "square": (
+            "64x16x4x2 64x32x4x2 64x64x4x2 64x128x8x2 64x128x8x2",
+            "32x16x4x2 32x32x8x1 64x64x8x1 64x64x8x1 64x64x8x1",
+        ),
+        "square_input_gradient": (
+            "64x32x8x2 64x32x8x2 64x64x8x2 64x64x8x2 64x64x8x2",
+            "64x32x4x2 64x32x4x2 64x32x4x2 64x32x4x2 64x32x4x2",
+        ),
+        "square_gradient": (
+            "32x32x4x2 32x32x4x2 32x64x4x2 64x128x8x2 64x128x8x2",
+            "64x32x4x1 64x32x4x1 64x32x4x1 64x32x4x1 64x32x4x1",
+        ),
         "epilogue": (
             "128x128x8x3 128x128x8x3 128x128x8x3 128x128x8x3 128x128x8x3",
             "128x256x8x3 128x256x8x3 128x256x8x3",
@@ -148,6 +185,18 @@ _TABLES = {
         "input_gradient_group": (
             "32x128x8x2 32x128x8x2 16x64x4x2",
             "32x64x8x2 16x64x8x2",
+        ),
+        "square": (
+            "64x16x4x2 64x32x4x2 64x64x8x2 64x64x8x2 64x64x8x2",
+            "32x16x4x2 64x32x8x1 64x32x8x1 64x32x8x1 64x32x8x1",
+        ),
+        "square_input_gradient": (
+            "64x32x8x2 64x32x8x2 64x64x8x2 64x64x8x2 64x64x8x2",
+            "32x32x4x2 32x32x4x2 64x64x8x2 64x64x8x2 64x64x8x2",
+        ),
+        "square_gradient": (
+            "32x32x4x2 32x32x4x2 32x64x4x2 32x128x8x2 32x128x8x2",
+            "32x32x4x2 32x32x4x2 32x64x4x2 32x64x4x2 32x64x4x2",
         ),
         "epilogue": (
             "128x128x8x2 128x128x8x2 64x128x4x2 64x64x4x2 64x64x4x2",

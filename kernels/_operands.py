@@ -94,10 +94,12 @@ def gate_matrix(branch: Any, h: Tensor) -> Tensor | None:
 
 
 def weight_argument(branch: Any, device: torch.device) -> tuple[Any, bool]:
-    """λ, and whether by value: one that lies on the GPU is read there, so that nothing waits for it."""
-    weight = branch.merge_weight
-    if weight is None:
-        return 0.0, True
-    if weight.device == device:
-        return weight, False
-    return (weight.to(device), False) if tracing_now() else (weight.item(), True)
+    """λ as ``number_argument`` has it."""
+    return (0.0, True) if branch.merge_weight is None else number_argument(branch.merge_weight, device)
+
+
+def number_argument(number: Tensor, device: torch.device) -> tuple[Any, bool]:
+    """A 0-d tensor, and whether by value: one that lies on the GPU is read there, so that nothing waits for it."""
+    if number.device == device:
+        return number, False
+    return (number.to(device), False) if tracing_now() else (number.item(), True)

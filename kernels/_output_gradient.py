@@ -19,6 +19,7 @@ from mbf.kernels._operands import (
     MOST_MIX,
     gate_matrix,
     matrix,
+    most_rank,
     padded,
     precision,
     sums_dtype,
@@ -26,7 +27,7 @@ from mbf.kernels._operands import (
 )
 from mbf.kernels._project import ROUTED, mixed, route
 from mbf.kernels._reduce import LEAST_ROWS, reduced, reduced_B
-from mbf.kernels._tiles import effective_B, inside, offsets, product
+from mbf.kernels._tiles import effective_B, inside, joined, offsets, product
 from mbf.kernels._tune import config_for, programs_for
 from torch import Tensor
 from torch.nn import functional as F
@@ -53,16 +54,22 @@ def output_gradient_kernel(
     NEED_B: tl.constexpr,
     MERGED: tl.constexpr,
     BY_VALUE: tl.constexpr,
+    FIRST: tl.constexpr,
     PRECISION: tl.constexpr,
 ):
-    """Shares of dz ``[stripes, height, RANK]`` and of dB̂ ``[parts, width, RANK]``, both without s."""
+    """Shares of dz ``[stripes, height, RANK]`` and of dB̂ ``[parts, width, RANK]``, both without s.
+
+    With FIRST, B̂ is (B, merged_B), and all parts ``[width, FIRST]`` of dB stand before those of the other's gradient.
+    """
     stripe = tl.program_id(0).to(tl.int64)
     part = tl.program_id(1).to(tl.int64)
     columns = stripe * COLUMNS + tl.arange(0, COLUMNS)
     ranks = tl.arange(0, RANKS)
     dtype: tl.constexpr = B.dtype.element_ty
     sums: tl.constexpr = tl.float64 if dtype == tl.float64 else tl.float32
-    if NEED_Z:
+    if NEED_Z and FIRST:
+        b = joined(B, merged_B, columns, ranks, width, RANK, FIRST)
+    elif NEED_Z:
         b = effective_B(B, merged_B, weight, columns, ranks, width, RANK, MERGED, BY_VALUE)
     total = tl.zeros((COLUMNS, RANKS), sums)
     begin = part * span
@@ -77,7 +84,13 @@ def output_gradient_kernel(
             tl.store(dz + stripe * height * RANK + at, share, mask=there)
         if NEED_B:
             total = product(tl.trans(tile), tl.load(z + at, mask=there, other=0.0), total, PRECISION)
-    if NEED_B:
+    if NEED_B and FIRST:
+        at_B = offsets(part * width + columns, ranks, FIRST)
+        tl.store(dB + at_B, total, mask=inside(columns, ranks, width, FIRST))
+        dB += tl.num_programs(1).to(tl.int64) * width * FIRST
+        at_B = offsets(part * width + columns, ranks - FIRST, RANK - FIRST)
+        tl.store(dB + at_B, total, mask=inside(columns, ranks, width, RANK) & (ranks >= FIRST)[None, :])
+    elif NEED_B:
         at_B = offsets(part * width + columns, ranks, RANK)
         tl.store(dB + at_B, total, mask=inside(columns, ranks, width, RANK))
 
@@ -149,16 +162,10 @@ def output_gradients(
         return None, [None] * 5
     dy, h = matrix(dy), h.contiguous()
     z = route(h, branch) if need_B_hat else h
-    B = branch.B.contiguous()
-
-    def run(config: Config) -> tuple[Tensor, Tensor]:
-        return _launch_output_gradient(dy, z, B, branch, need_z, need_B_hat, config)
-
-    config = config_for("output_gradient", padded(h.shape[-1]), B, tuple(dy.shape), run)
-    shares, of_parts = run(config)
+    shares, of_parts = output_sums(dy, z, branch, need_z, need_B_hat)
     dB = dmerged_B = dweight = dgate = dmix = dh = None
     if need_B_hat and branch.merged_B is None:
-        dB = reduced(of_parts, torch.empty_like(B), branch.scale)
+        dB = reduced(of_parts, torch.empty_like(branch.B, memory_format=torch.contiguous_format), branch.scale)
     elif need_B_hat:
         dB, dmerged_B, dweight = reduced_B(of_parts, branch, [need_B, need_merged_B, need_weight])
     if need_z:
@@ -166,10 +173,37 @@ def output_gradients(
     return dh, [dB, dgate, dmix, dmerged_B, dweight]
 
 
-def _launch_output_gradient(
-    dy: Tensor, z: Tensor, B: Tensor, branch: Any, need_z: bool, need_B: bool, config: Config
+def output_sums(
+    dy: Tensor, z: Tensor, branch: Any, need_z: bool, need_B: bool, more: Tensor | None = None
 ) -> tuple[Tensor, Tensor]:
-    """The shares of dz and the parts of dB̂, without s."""
+    """The shares ``[stripes, rows, r]`` of dz and the parts ``[parts, d_out, r]`` of dB̂, without s.
+
+    Args:
+        dy: ``[rows, d_out]``, its rows contiguous.
+        z: ``[..., r]``, of which the shape alone counts without ``need_B``.
+        more: with it, B̂ is (B, more), and the parts of dB stand before those of the other's gradient: ``parted``.
+    """
+    B = branch.B.contiguous()
+
+    def run(config: Config) -> tuple[Tensor, Tensor]:
+        return _launch_output_gradient(dy, z, B, branch, need_z, need_B, more, config)
+
+    ranks = padded(z.shape[-1])
+    if more is not None:  # two matrices take more registers than one: the tile of twice the ranks
+        ranks = min(2 * ranks, most_rank(B.dtype))
+    return run(config_for("output_gradient", ranks, B, tuple(dy.shape), run))
+
+
+def parted(of_parts: Tensor, first: int) -> tuple[Tensor, Tensor]:
+    """The parts ``[parts, d_out, first]`` and ``[parts, d_out, r - first]`` that stand in ``[parts, d_out, r]``."""
+    parts, width, rank = of_parts.shape
+    left, right = of_parts.view(-1).split([parts * width * first, parts * width * (rank - first)])
+    return left.view(parts, width, first), right.view(parts, width, rank - first)
+
+
+def _launch_output_gradient(
+    dy: Tensor, z: Tensor, B: Tensor, branch: Any, need_z: bool, need_B: bool, more: Tensor | None, config: Config
+) -> tuple[Tensor, Tensor]:
     (height, width), rank = dy.shape, z.shape[-1]
     stripes = cdiv(width, config.columns)
     span, parts = spans(height, config.rows, stripes, programs_for(dy.device), LEAST_ROWS)
@@ -183,7 +217,7 @@ def _launch_output_gradient(
         dy,
         z,
         B,
-        branch.merged_B.contiguous() if merged else B,
+        branch.merged_B.contiguous() if merged else B if more is None else more.contiguous(),
         weight,
         dz,
         dB,
@@ -199,6 +233,7 @@ def _launch_output_gradient(
         NEED_B=need_B,
         MERGED=merged,
         BY_VALUE=by_value,
+        FIRST=0 if more is None else B.shape[1],
         PRECISION=precision(dy.device),
         num_warps=config.warps,
         num_stages=config.stages,

@@ -44,3 +44,11 @@ def effective_B(
         wide = before.to(sums)
         found = (wide + lambda_of(weight, sums, BY_VALUE) * (found.to(sums) - wide)).to(found.dtype)
     return found
+
+
+@triton.jit
+def joined(B, Eb, rows, ranks, height, RANK: tl.constexpr, FIRST: tl.constexpr):
+    """The tile ``[rows, ranks]`` of (B, Eb), of which B has the FIRST ranks."""
+    left = tl.load(B + offsets(rows, ranks, FIRST), mask=inside(rows, ranks, height, FIRST), other=0.0)
+    there = inside(rows, ranks, height, RANK) & (ranks >= FIRST)[None, :]
+    return left + tl.load(Eb + offsets(rows, ranks - FIRST, RANK - FIRST), mask=there, other=0.0)

@@ -6,7 +6,8 @@ loads and stores, and exits with 1 if one of them breaks a rule:
 
 * no spills, and no more shared memory than a block may have;
 * every product of half types on tensor cores;
-* loads and stores 16 bytes wide, but of scalars and of tiles that have fewer bytes than 16 for each thread.
+* loads and stores 16 bytes wide, but of scalars, of tiles that have fewer bytes than 16 for each thread, and of
+  matrices whose rows don't allow it.
 
 For gfx942, whose machine code cannot be read here, it says that the kernel compiles, and its shared memory.
 """
@@ -25,7 +26,7 @@ from typing import Any
 from mbf.kernels._configs import of_capability
 from mbf.kernels._launch import interpreted
 from mbf.kernels._sass import HALVES, compiled, report, shared_limit
-from mbf.kernels._specimens import DTYPES, RANKS, specimens
+from mbf.kernels._specimens import DTYPES, FORMS, RANKS, specimens
 from mbf.kernels._tune import forced
 from triton.backends.compiler import GPUTarget
 
@@ -68,16 +69,16 @@ def family_of(target: GPUTarget) -> str:
     return of_capability(*divmod(target.arch, 10))
 
 
-def rows(target: str, dtype: str, rank: int) -> list[Row]:
-    """All that the operators launch with this dtype and rank; what compiles to the same binary once."""
+def rows(target: str, dtype: str, rank: int, forms: Sequence[str] = FORMS) -> list[Row]:
+    """All that the operators launch with this dtype and rank in these forms; what compiles to the same binary once."""
     found: dict[str, Row] = {}
     chip = gpu(target)
     with forced({"family": family_of(chip)}):
-        given = list(specimens([dtype], [rank]))
+        given = list(specimens([dtype], [rank], forms))
     for one in given:
         meta = one.launch.meta
         shape = f"{meta.get('ROWS', meta.get('BLOCK'))}x{meta.get('COLUMNS', 1)} w{meta.get('num_warps', 4)}"
-        row = Row(one.launch.kernel.__name__.removesuffix("_kernel"), dtype, rank, one.form, target, shape)
+        row = Row(one.launch.kernel.__name__.removesuffix("_kernel"), dtype, one.rank or rank, one.form, target, shape)
         try:
             binary = compiled(one.launch, chip)
         except Exception as error:
@@ -87,11 +88,11 @@ def rows(target: str, dtype: str, rank: int) -> list[Row]:
         if binary.hash not in found:
             found[binary.hash] = row
             row.hash = binary.hash
-            _judge(row, binary, chip)
+            _judge(row, binary, chip, one.narrow)
     return list(found.values())
 
 
-def _judge(row: Row, binary: Any, chip: GPUTarget) -> None:
+def _judge(row: Row, binary: Any, chip: GPUTarget, narrow_rows: bool) -> None:
     row.shared = binary.metadata.shared
     if row.shared > shared_limit(chip):
         row.broken.append(f"{row.shared} bytes of shared memory, of {shared_limit(chip)}")
@@ -104,17 +105,21 @@ def _judge(row: Row, binary: Any, chip: GPUTarget) -> None:
         row.broken.append(f"spills {found.spills}")
     if row.dtype in HALVES and (found.plain_dots or (found.dots and not found.tensor_cores)):
         row.broken.append("a product of half types without tensor cores")
+    if narrow_rows:
+        return
     for what, widths, small in (("load", found.loads, found.small_loads), ("store", found.stores, found.small_stores)):
         narrow = sum(count for width, count in widths.items() if width < 128)
         if narrow > small:
             row.broken.append(f"{narrow} {what}s narrower than 16 bytes, of {small} that may be")
 
 
-def all_rows(targets: Sequence[str], dtypes: Sequence[str], ranks: Sequence[int], jobs: int) -> Iterator[Row]:
+def all_rows(
+    targets: Sequence[str], dtypes: Sequence[str], ranks: Sequence[int], forms: Sequence[str], jobs: int
+) -> Iterator[Row]:
     """As they are finished; a binary that several ranks or dtypes share comes once."""
     seen: set[tuple[str, str]] = set()
     with ProcessPoolExecutor(jobs) as pool:
-        tasks = [pool.submit(rows, t, dtype, rank) for t in targets for dtype in dtypes for rank in ranks]
+        tasks = [pool.submit(rows, t, dtype, rank, forms) for t in targets for dtype in dtypes for rank in ranks]
         for task in tasks:
             for row in task.result():
                 if not row.hash or (row.target, row.hash) not in seen:
@@ -125,7 +130,7 @@ def all_rows(targets: Sequence[str], dtypes: Sequence[str], ranks: Sequence[int]
 def line(row: Row) -> str:
     widths = [" ".join(f"{width}:{count}" for width, count in part.items()) for part in (row.loads, row.stores)]
     return (
-        f"{row.target:7s} {row.kernel:20s} {row.dtype:13s} r{row.rank:<4d} {row.form:12s} {row.config:12s} "
+        f"{row.target:7s} {row.kernel:21s} {row.dtype:13s} r{row.rank:<4d} {row.form:12s} {row.config:12s} "
         f"{row.registers:4d} {row.spills:6d} {row.shared:7d} {row.tensor_cores:6d}  {widths[0]:20s} {widths[1]:16s}"
         f"{'  BROKEN: ' + '; '.join(row.broken) if row.broken else ''}"
     ).rstrip()
@@ -141,6 +146,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     add("--target", default=",".join(TARGETS), help="sm_80, sm_90, sm_100, gfx942 and others, commas between them")
     add("--dtype", action="append", choices=[*DTYPES], help="of A and B, on that of x; repeatable (default: all)")
     add("--rank", action="append", type=int, choices=RANKS, help="repeatable (default: all)")
+    add("--form", action="append", choices=FORMS, help="repeatable (default: all)")
     add("--jobs", type=int, default=2, help="processes that compile (default: 2)")
     add("--json", action="store_true", help="print a list of objects instead of a table")
     args = parser.parse_args(argv)
@@ -155,10 +161,10 @@ def main(argv: Sequence[str] | None = None) -> int:
     started, found = time.monotonic(), []
     if not args.json:
         print(
-            f"{'target':7s} {'kernel':20s} {'dtype':13s} {'rank':5s} {'form':12s} {'tile':12s} "
+            f"{'target':7s} {'kernel':21s} {'dtype':13s} {'rank':5s} {'form':12s} {'tile':12s} "
             f"{'regs':>4s} {'spills':>6s} {'shared':>7s} {'tensor':>6s}  {'loads, bits:n':20s} stores"
         )
-    for row in all_rows(targets, args.dtype or [*DTYPES], args.rank or RANKS, args.jobs):
+    for row in all_rows(targets, args.dtype or [*DTYPES], args.rank or RANKS, args.form or FORMS, args.jobs):
         found.append(row)
         if not args.json:
             print(line(row), flush=True)

@@ -190,13 +190,27 @@ def _backward_fake(dy: Tensor, h: Tensor, x: Tensor | None, *inputs: Any) -> tup
     return _branch.asked_like((x, *operands.tensors), needs)
 
 
+def _forward_gpu(y: Tensor, x: Tensor, *inputs: Any) -> Any:
+    from mbf.kernels import lilora as kernels
+
+    return kernels.forward(y, x, Operands(*inputs))
+
+
+def _backward_gpu(dy: Tensor, h: Tensor, x: Tensor | None, *inputs: Any) -> Any:
+    from mbf.kernels import lilora as kernels
+
+    *rest, needs = inputs
+    return kernels.backward(dy, h, x, Operands(*rest), needs)
+
+
 _SCHEMA = "Tensor A, Tensor B, Tensor Ea, Tensor Eb, Tensor weight, Tensor scale, float dropout_p, Tensor? seed"
-define(f"lilora_accumulate(Tensor y, Tensor x, {_SCHEMA}) -> (Tensor, Tensor)", _forward, _forward_fake)
+define(f"lilora_accumulate(Tensor y, Tensor x, {_SCHEMA}) -> (Tensor, Tensor)", _forward, _forward_fake, _forward_gpu)
 define(
     f"lilora_accumulate_backward(Tensor dy, Tensor h, Tensor? x, {_SCHEMA}, bool[] needs) "
     "-> (Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor)",
     _backward,
     _backward_fake,
+    _backward_gpu,
 )
 
 

@@ -22,6 +22,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
+from functools import lru_cache
 from typing import Any, NamedTuple
 
 import torch
@@ -34,7 +35,7 @@ from mbf.ops._gpu import entrance
 from mbf.ops._inputs import check_floating
 from mbf.ops._library import define, reference_only
 from mbf.ops._operands import autocast_to, autocasts
-from mbf.ops.philox import check_p, draw_seed, drop, keep_mask, seed_tensor
+from mbf.ops.philox import check_p, draw_seed, drop, keep_mask, keep_scale, seed_tensor, threshold
 
 SHARING, ROTATION = KINDS = (1, 6)
 BASE = 10000.0  # of the angles
@@ -110,7 +111,7 @@ def folded(values: Tensor, size: int) -> Tensor:
 def angles(count: int, q: int, device: torch.device, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
     """cos and sin of i θⱼ, ``[count, q/2]``, made in fp64."""
     theta = BASE ** (torch.arange(0, q, 2, dtype=torch.float64, device=device) / -q)
-    angle = torch.arange(count, dtype=torch.float64, device=device)[:, None] * theta
+    angle = torch.outer(torch.arange(count, dtype=torch.float64, device=device), theta)
     return angle.cos().to(dtype), angle.sin().to(dtype)
 
 
@@ -187,13 +188,63 @@ def _backward_fake(dy: Tensor, x: Tensor | None, M: Tensor, d_in: int, *operands
     return _branch.asked_like((like_x, M), operands[-1])
 
 
+class _Square(NamedTuple):
+    """What the kernels on a GPU take beside the activations."""
+
+    M: Tensor
+    rotates: bool
+    scale: float
+    dropout_p: float
+    seed: Tensor | None
+
+    @property
+    def least(self) -> int:
+        return threshold(self.dropout_p)
+
+    @property
+    def keep_scale(self) -> float:
+        return keep_scale(self.dropout_p)
+
+
+_cached_angles = lru_cache(maxsize=64)(angles)
+
+
+def _on_gpu(M: Tensor, d_in: int, d_out: int, kind: int, *rest: Any) -> tuple[_Square, Tensor, Tensor]:
+    """The terms and the angles' cos and sin, kept between calls but not in a graph; of kind 1 M stands for them."""
+    from mbf.kernels._launch import eager
+
+    terms = _Square(M, kind == ROTATION, *rest)
+    if not terms.rotates:
+        return terms, M, M
+    q = M.shape[0]
+    lasting = eager() and not (M.is_cuda and torch.cuda.is_current_stream_capturing())
+    make = _cached_angles if lasting else angles
+    dtype = torch.promote_types(M.dtype, torch.float32)
+    return terms, *make(chunks(d_in, q, d_out, kind), q, M.device, dtype)
+
+
+def _forward_gpu(y: Tensor, x: Tensor, M: Tensor, *operands: Any) -> Any:
+    from mbf.kernels import mora as kernels
+
+    return kernels.forward(y, x, *_on_gpu(M, x.shape[-1], y.shape[-1], *operands))
+
+
+def _backward_gpu(dy: Tensor, x: Tensor | None, M: Tensor, d_in: int, *operands: Any) -> Any:
+    from mbf.kernels import mora as kernels
+
+    *rest, needs = operands
+    terms, cos, sin = _on_gpu(M, d_in, dy.shape[-1], *rest)
+    return kernels.backward(dy, x, terms, d_in, cos, sin, needs)
+
+
 _OPERANDS = "int kind, float scale, float dropout_p, Tensor? seed"
-define(f"mora_accumulate(Tensor y, Tensor x, Tensor M, {_OPERANDS}) -> Tensor", _forward, _forward_fake)
+define(f"mora_accumulate(Tensor y, Tensor x, Tensor M, {_OPERANDS}) -> Tensor", _forward, _forward_fake, _forward_gpu)
 define(
     f"mora_accumulate_backward(Tensor dy, Tensor? x, Tensor M, SymInt d_in, {_OPERANDS}, bool[] needs) "
     "-> (Tensor, Tensor)",
     _backward,
     _backward_fake,
+    _backward_gpu,
 )
 
 

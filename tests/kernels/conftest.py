@@ -25,6 +25,9 @@ SMALL = {
     "input_gradient": Config(16, 32),
     "input_gradient_group": Config(16, 32),
     "epilogue": Config(16, 32),
+    "square": Config(16, 16),
+    "square_input_gradient": Config(16, 32),
+    "square_gradient": Config(16, 16),
 }
 
 

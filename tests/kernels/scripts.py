@@ -12,10 +12,10 @@ from typing import Any
 
 import torch
 import triton
-from mbf.kernels import lora_linear
+from mbf.kernels import lilora, lora_linear, mora
 from mbf.kernels._configs import Config
 from mbf.kernels._launch import recorded
-from mbf.kernels._specimens import Terms
+from mbf.kernels._specimens import NestedTerms, SquareTerms, Terms
 from mbf.kernels._tune import forced
 from mbf.kernels.compile import rows
 from torch import Tensor
@@ -40,12 +40,8 @@ class NamedGpu:
 
 
 def graphs() -> Any:
-    """The targets of the calls in the graphs that lora_linear and its backward become, on a GPU."""
-    found: list[list[str]] = []
-
-    def keep(module: torch.fx.GraphModule, _: Any) -> Any:
-        found.append([str(node.target) for node in module.graph.nodes if node.op == "call_function"])
-        return module.forward
+    """The targets of the calls in the graphs that operators and their backward become, on a GPU."""
+    found: dict[str, list[list[str]]] = {}
 
     def forward(x: Tensor, W: Tensor, A: Tensor, B: Tensor, seed: Tensor, weight: Tensor) -> Any:
         operands = (A, B, 2.0, None, None, 0.1, seed, B, weight)
@@ -57,15 +53,42 @@ def graphs() -> Any:
         gradients = torch.ops.mbf.lora_linear_backward.default(dy, h, x, W, *operands, needs)
         return [gradient for gradient in gradients if gradient is not None]
 
+    def turned(y: Tensor, x: Tensor, M: Tensor, seed: Tensor) -> Any:
+        return torch.ops.mbf.mora_accumulate.default(y, x, M, 6, 2.0, 0.1, seed)
+
+    def turned_back(dy: Tensor, x: Tensor, M: Tensor, seed: Tensor) -> Any:
+        return torch.ops.mbf.mora_accumulate_backward.default(dy, x, M, 256, 6, 2.0, 0.1, seed, [True, True])
+
+    def nested(y: Tensor, x: Tensor, *operands: Tensor) -> Any:
+        return torch.ops.mbf.lilora_accumulate.default(y, x, *operands[:-1], 0.1, operands[-1])
+
+    def nested_back(dy: Tensor, h: Tensor, x: Tensor, *operands: Tensor) -> Any:
+        return torch.ops.mbf.lilora_accumulate_backward.default(dy, h, x, *operands[:-1], 0.1, operands[-1], [True] * 7)
+
     with forced({"family": "sm_90"}), FakeTensorMode():
 
         def empty(*shape: int, dtype: torch.dtype = torch.bfloat16) -> Tensor:
             return torch.empty(shape, dtype=dtype, device="cuda")
 
+        def trace(function: Any, *inputs: Tensor) -> None:
+            graph = found.setdefault(function.__name__, [])
+
+            def keep(module: torch.fx.GraphModule, _: Any) -> Any:
+                graph.extend(str(node.target) for node in module.graph.nodes if node.op == "call_function")
+                return module.forward
+
+            aot_function(function, fw_compiler=keep)(*inputs)
+
         shared = (empty(64, 256), empty(128, 256), empty(16, 256), empty(128, 16), empty(dtype=torch.int64))
+        x, _, A, B, seed = shared
+        y, h, M, Ea, Eb = empty(64, 128), empty(64, 16), empty(96, 96), empty(8, 16), empty(128, 8)
         on_cpu = torch.empty((), dtype=torch.float64)  # λ, as a float becomes
-        aot_function(forward, fw_compiler=keep)(*shared, on_cpu)
-        aot_function(backward, fw_compiler=keep)(empty(64, 128), empty(64, 16), *shared)
+        trace(forward, *shared, on_cpu)
+        trace(backward, y, h, *shared)
+        trace(turned, y, x, M, seed)
+        trace(turned_back, y, x, M, seed)
+        trace(nested, y, x, A, B, Ea, Eb, on_cpu, on_cpu, seed)
+        trace(nested_back, y, h, x, A, B, Ea, Eb, on_cpu, on_cpu, seed)
     return found
 
 
@@ -99,6 +122,14 @@ def _step(scale: float, weight: float, p: float, tokens: int) -> None:
     x, W, h = empty(tokens, 512), empty(512, 512), empty(tokens, 16)
     lora_linear.forward(x, W, None, branch)
     lora_linear.backward(x, h, x, W, branch, [True, False, False, True, True, False, False, True, False])
+    cos = torch.empty(6, 48, dtype=torch.float32, device="meta")
+    square = SquareTerms(empty(96, 96), True, scale, p, seed)
+    mora.forward(x, x, square, cos, cos)
+    mora.backward(x, x, square, 512, cos, cos, [True, True])
+    number = torch.tensor(weight, dtype=torch.float64)
+    nested = NestedTerms(A, B, empty(16, 16), empty(512, 16), number, number * scale, p, seed)
+    lilora.forward(x, x, nested)
+    lilora.backward(x, h, x, nested, [True] * 5 + [False] * 2)
 
 
 def spilling() -> Any:

@@ -12,6 +12,7 @@ def test_a_subset_follows_the_rules() -> None:
     rows = json.loads(done.stdout)
     assert done.returncode == 0, [row for row in rows if row["broken"]]
     kernels = {"project", "accumulate", "output_gradient", "input_gradient", "reduce", "route", "unroute", "epilogue"}
+    kernels |= {"square", "square_input_gradient", "square_gradient", "lilora_route", "lilora_unroute"}
     kernels |= {"activation", "activation_gradient", "dropout_mask"}
     for target in ("sm_80", "sm_90", "sm_100"):
         mine = [row for row in rows if row["target"] == target]
@@ -37,6 +38,14 @@ def test_a_spill_is_seen() -> None:
     done = run("-m", "tests.kernels.scripts", "spilling")
     assert done.returncode == 0, done.stderr
     assert any("spills" in what for broken in json.loads(done.stdout) for what in broken)
+
+
+def test_a_form_alone() -> None:
+    done = run(*COMPILE, "--target", "sm_90", "--dtype", "fp32", "--rank", "32", "--form", "turned drop", "--json")
+    rows = json.loads(done.stdout)
+    assert done.returncode == 0, [row for row in rows if row["broken"]]
+    assert {row["kernel"] for row in rows} == {"square", "square_input_gradient", "square_gradient", "reduce"}
+    assert {(row["form"], row["rank"]) for row in rows} == {("turned drop", 184)}
 
 
 def test_errors() -> None:

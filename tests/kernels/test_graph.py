@@ -8,11 +8,13 @@ from tests.kernels.uninterpreted import run
 def test_graphs_hold_the_launches() -> None:
     done = run("-m", "tests.kernels.scripts", "graphs")
     assert done.returncode == 0, done.stderr
-    forward, backward = json.loads(done.stdout)
-    for graph, launches in ((forward, 2), (backward, 5)):
+    graphs = json.loads(done.stdout)
+    expected = {"forward": 2, "backward": 5, "turned": 1, "turned_back": 3, "nested": 3, "nested_back": 9}
+    assert graphs.keys() == expected.keys()
+    for name, graph in graphs.items():
         assert not [target for target in graph if "mbf" in target]
-        assert sum("triton_kernel_wrapper" in target for target in graph) == launches
-        assert "aten.mm.default" in graph
+        assert sum("triton_kernel_wrapper" in target for target in graph) == expected[name], name
+    assert all("aten.mm.default" in graphs[name] for name in ("forward", "backward"))
 
 
 def test_run_time_values_compile_nothing_anew() -> None:
@@ -20,5 +22,6 @@ def test_run_time_values_compile_nothing_anew() -> None:
     assert done.returncode == 0, done.stderr
     first, after = json.loads(done.stdout)
     names = {"project", "accumulate", "output_gradient", "input_gradient", "reduce"}
+    names |= {"square", "square_input_gradient", "square_gradient", "lilora_route", "lilora_unroute"}
     assert {name.removesuffix("_kernel") for name in first} == names
     assert after == first

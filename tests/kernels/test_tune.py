@@ -86,6 +86,7 @@ def test_a_table_answers_for_every_launch(family: str) -> None:
         for rank in (1, 8, 16, 17, 64, 100, most_rank(dtype)):
             alike = Terms(torch.empty(rank, 8, dtype=dtype), *[None] * 8)
             kernels = ["project", "accumulate", "output_gradient", "input_gradient"]
+            kernels += ["square", "square_input_gradient", "square_gradient"]
             kernels += ["project_group", "input_gradient_group"] if at_once(alike) > 1 else []
             for kernel in kernels:
                 config = shipped(kernel, padded(rank), dtype.itemsize, family)

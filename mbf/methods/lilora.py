@@ -7,8 +7,9 @@
     loss + λ Σ_layers (1 − cos(Eb_t Ea_t, Eb_{t−1} Ea_{t−1})) ‖B_0 − B_0,prev‖²_F      for t > 1
 
 A and Ea from Kaiming, B_0 and Eb from zero, a_t from N(0, 1). The cosine of the products is by Grams of r̃ × r̃ and
-r × r: <X Y, X' Y'> = tr((X'ᵀ X) (Y Y'ᵀ)). One call computes a layer, as a LoRA of rank r + r̃ with A_eff = [A; Ea A],
-B_eff = [B_0, Eb] and a gate of σ and 1 − σ.
+r × r: <X Y, X' Y'> = tr((X'ᵀ X) (Y Y'ᵀ)). One call computes a layer: with the base product as a LoRA of rank r + r̃,
+A_eff = [A; Ea A], B_eff = [B_0, Eb] and a gate of σ and 1 − σ; alone, where the base is quantised, by
+``lilora_accumulate``, whose h has r numbers a token.
 
 The paper trains A, B_0, Ea_t, Eb_t, a_t. The released code freezes B_0 after task 1 and has no cosine term, which then
 is zero: ``b0_mode="frozen"``. A goes on training in both, so old tasks drift: their Eb, Ea and a are kept bit by bit,
@@ -29,7 +30,7 @@ from torch import Tensor
 from torch.nn.init import kaiming_uniform_
 
 from mbf.methods.base import Batches, Factors, Layer, Method, MethodInfo, Options, register
-from mbf.ops import LoraTerms
+from mbf.ops import LiloraTerms, LoraTerms
 
 
 class LiLoraOptions(Options):
@@ -37,21 +38,6 @@ class LiLoraOptions(Options):
     inner: int | None = Field(None, ge=1, description="r̃; none: half of the adapter's rank")
     cosine: float = Field(0.1, ge=0, description="λ of the cosine term (ours)")
     agnostic: Literal["last", "mean"] = Field("last", description="what computes without a task's label (ours)")
-
-
-def nested(A: Tensor, B: Tensor, Ea: Tensor, Eb: Tensor, share: Tensor, scale: float) -> LoraTerms:
-    """s (σ B + (1 − σ) Eb Ea) A as the terms of one LoRA.
-
-    Args:
-        A: [r, d_in].
-        B: [d_out, r].
-        Ea: [r̃, r].
-        Eb: [d_out, r̃].
-        share: σ, a 0-d tensor.
-        scale: s.
-    """
-    gate = torch.cat([share.expand(B.shape[1]), (1 - share).expand(Eb.shape[1])])
-    return LoraTerms(torch.cat([A, Ea @ A]), torch.cat([B, Eb], dim=1), scale, gate=gate)
 
 
 def inner_product(X: Tensor, Y: Tensor, other_X: Tensor, other_Y: Tensor) -> Tensor:
@@ -106,10 +92,10 @@ class LiLora(Method):
             self.learn(name, values)
         self.route(self._training)
 
-    def _training(self, layer: Layer) -> LoraTerms:
+    def _training(self, layer: Layer) -> LiloraTerms:
         n = self.index(layer)
         Ea, Eb, a = (self.learned[name][n] for name in ("Ea", "Eb", "a"))
-        return nested(layer.A, layer.B, Ea, Eb, a.sigmoid(), layer.scale)
+        return LiloraTerms(layer.A, layer.B, Ea, Eb, a.sigmoid(), layer.scale)
 
     def loss_extra(self) -> Tensor | None:
         if not self._later or not self.options.cosine or self.options.b0_mode == "frozen":
@@ -138,19 +124,19 @@ class LiLora(Method):
         Ea, Eb, a = (values[n] for values in lists if isinstance(values, list))
         return Ea, Eb, a
 
-    def _terms(self, layer: Layer, tasks: list[int]) -> LoraTerms:
-        """The mean of these tasks' dW, as one LoRA."""
+    def _terms(self, layer: Layer, tasks: list[int]) -> LoraTerms | LiloraTerms:
+        """The mean of these tasks' dW; of several as one LoRA."""
         n = self.index(layer)
-        A: list[Tensor] = [layer.A]
-        B: list[Tensor] = [layer.B]
-        shares = [self._of(task, n)[2].sigmoid() for task in tasks]
-        gate = [torch.stack(shares).mean().expand(layer.A.shape[0])]
-        for task, share in zip(tasks, shares, strict=True):
-            Ea, Eb, _ = self._of(task, n)
-            A.append(Ea @ layer.A)
-            B.append(Eb)
-            gate.append(((1 - share) / len(tasks)).expand(len(Ea)))
-        return LoraTerms(torch.cat(A), torch.cat(B, dim=1), layer.scale, gate=torch.cat(gate))
+        parts = [self._of(task, n) for task in tasks]
+        if len(parts) == 1:
+            Ea, Eb, a = parts[0]
+            return LiloraTerms(layer.A, layer.B, Ea, Eb, a.sigmoid(), layer.scale)
+        shares = torch.stack([a.sigmoid() for _, _, a in parts])
+        gate = [shares.mean().expand(layer.A.shape[0])]
+        gate += [((1 - share) / len(parts)).expand(len(Ea)) for share, (Ea, _, _) in zip(shares, parts, strict=True)]
+        A = torch.cat([layer.A, *(Ea @ layer.A for Ea, _, _ in parts)])
+        B = torch.cat([layer.B, *(Eb for _, Eb, _ in parts)], dim=1)
+        return LoraTerms(A, B, layer.scale, gate=torch.cat(gate))
 
     def _chosen(self, task: int | None) -> list[int]:
         if task is not None:
@@ -165,7 +151,7 @@ class LiLora(Method):
         """What computes without a label, with the gates in B, as a LoRA of rank r + r̃ (r + T r̃ for the mean)."""
         found = Factors()
         for layer in self.layers:
-            A, B, _, gate, *_ = self._terms(layer, self._chosen(None))
+            A, B, _, gate, *_ = self._terms(layer, self._chosen(None)).lora()
             assert gate is not None
             found.A.append(A.detach())
             found.B.append((B * gate).detach())

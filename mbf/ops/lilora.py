@@ -29,6 +29,7 @@ from mbf.ops._autograd import differentiable
 from mbf.ops._gpu import entrance
 from mbf.ops._library import define, reference_only
 from mbf.ops._operands import Branch, autocast_to, autocasts, prepare
+from mbf.ops.lora_linear import LoraTerms
 from mbf.ops.philox import drop, dropout
 
 
@@ -45,6 +46,13 @@ class LiloraTerms(NamedTuple):
     def accumulate(self, y: Tensor, x: Tensor, dropout_p: float = 0.0) -> Tensor:
         """``lilora_accumulate`` with these operands."""
         return lilora_accumulate(y, x, *self[:5], scale=self.scale, dropout_p=dropout_p)
+
+    def lora(self) -> LoraTerms:
+        """The same as one LoRA of rank r + r̃: ([A; Ea A], [B, Eb]) with a gate of w and 1 − w."""
+        A, B, Ea, Eb, weight, scale = self
+        w = torch.as_tensor(weight, dtype=A.dtype, device=A.device)
+        gate = torch.cat([w.expand(B.shape[1]), (1 - w).expand(Eb.shape[1])])
+        return LoraTerms(torch.cat([A, Ea @ A]), torch.cat([B, Eb], dim=1), scale, gate=gate)
 
 
 class Operands(NamedTuple):

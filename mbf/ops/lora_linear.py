@@ -30,6 +30,10 @@ class LoraTerms(NamedTuple):
         """``lora_accumulate`` with these operands."""
         return lora_accumulate(y, x, **self._asdict(), dropout_p=dropout_p)
 
+    def lora(self) -> LoraTerms:
+        """Themselves: what ``lora_linear`` takes."""
+        return self
+
 
 def lora_linear_ref(
     x: Tensor, weight: Tensor, A: Tensor, B: Tensor, bias: Tensor | None = None, **terms: Any

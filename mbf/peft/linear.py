@@ -24,7 +24,7 @@ Forwards inside a compiled graph are not counted."""
 class Route(NamedTuple):
     """Terms that replace an adapter's own (A, B, s) in every forward: ``terms(layer)``.
 
-    ``own_operator``: they are not of ``lora_linear``, so no operator computes them together with the base product.
+    ``own_operator``: they have no ``lora()``, so no operator computes them together with the base product.
     """
 
     terms: Callable[[Any], BranchTerms]
@@ -100,7 +100,7 @@ class FusedForward(nn.Module):
         base: Any = self._modules["base_layer"]
         terms: Any = self._terms(adapter, self._routes)
         weight, bias = base._parameters["weight"], base._parameters["bias"]
-        return GroupLayer(weight, terms, bias, self._dropout_p(adapter))
+        return GroupLayer(weight, terms.lora(), bias, self._dropout_p(adapter))
 
     def sources(self, adapter: str) -> tuple[Any, ...]:
         """What ``group_layer`` reads; of replaced terms the route, as the terms may be new tensors in each call."""
@@ -152,7 +152,7 @@ class FusedForward(nn.Module):
         if plain_linear(base, x) and (route is None or not route.own_operator):
             parameters = base._parameters
             terms: Any = self._terms(first, routes)
-            A, B, scale, gate, mix, merged_B, merge_weight = terms
+            A, B, scale, gate, mix, merged_B, merge_weight = terms.lora()
             y = lora_linear(
                 x,
                 parameters["weight"],

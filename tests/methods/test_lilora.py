@@ -5,7 +5,8 @@ import torch
 from torch.nn import functional as F
 
 import mbf
-from mbf.methods.lilora import cosine, nested
+from mbf.methods.lilora import cosine
+from mbf.ops import LiloraTerms
 from tests.continual.tiny import batch, logits, peft_model, train
 from tests.methods.plain import begin, end, method
 
@@ -20,8 +21,8 @@ def factors():
     return draw(R, D_IN), draw(D_OUT, R), draw(INNER, R), draw(D_OUT, INNER)
 
 
-def branch(terms, x):
-    return terms.accumulate(torch.zeros(len(x), D_OUT).double(), x)
+def branch(terms, x, joined=False):
+    return (terms.lora() if joined else terms).accumulate(torch.zeros(len(x), D_OUT, dtype=x.dtype), x)
 
 
 def in_task(i, **options):
@@ -45,19 +46,26 @@ def dense(layer, Ea, Eb, a):
     return (layer.scale * (share * layer.B + (1 - share) * Eb @ Ea) @ layer.A).detach()
 
 
-def test_i_a_share_of_one_is_plain_lora_and_none_the_inner_one():
+@pytest.mark.parametrize("joined", [False, True])
+def test_i_a_share_of_one_is_plain_lora_and_none_the_inner_one(joined):
     (A, B, Ea, Eb), x = factors(), draw(5, D_IN)
-    torch.testing.assert_close(branch(nested(A, B, Ea, Eb, draw().new_ones(()), S), x), S * x @ (B @ A).T)
-    torch.testing.assert_close(branch(nested(A, B, Ea, Eb, draw().new_zeros(()), S), x), S * x @ (Eb @ Ea @ A).T)
-    share = torch.tensor(0.3).double()
-    wanted = S * x @ ((share * B + (1 - share) * Eb @ Ea) @ A).T
-    torch.testing.assert_close(branch(nested(A, B, Ea, Eb, share, S), x), wanted)
+
+    def found(share):
+        return branch(LiloraTerms(A, B, Ea, Eb, torch.tensor(share, dtype=torch.float64), S), x, joined)
+
+    torch.testing.assert_close(found(1.0), S * x @ (B @ A).T)
+    torch.testing.assert_close(found(0.0), S * x @ (Eb @ Ea @ A).T)
+    torch.testing.assert_close(found(0.3), S * x @ ((0.3 * B + 0.7 * Eb @ Ea) @ A).T)
 
 
-def test_gradients_are_those_of_the_formula():
+@pytest.mark.parametrize("joined", [False, True])
+def test_gradients_are_those_of_the_formula(joined):
     tensors = [t.requires_grad_() for t in (*factors(), draw())]
     x = draw(3, D_IN).requires_grad_()
-    call = lambda x, A, B, Ea, Eb, a: branch(nested(A, B, Ea, Eb, a.sigmoid(), S), x)  # noqa: E731
+
+    def call(x, A, B, Ea, Eb, a):
+        return branch(LiloraTerms(A, B, Ea, Eb, a.sigmoid(), S), x, joined)
+
     assert torch.autograd.gradcheck(call, (x, *tensors))
 
 
@@ -130,10 +138,8 @@ def test_naming_a_task_restores_its_own_parts_exactly():
         learner.select_task(f"t{i}")
         for n, layer in enumerate(learner.layers):
             terms = learner.method.terms(layer)
-            r = layer.A.shape[0]
-            assert torch.equal(terms.B[:, r:], own["Eb"][n]) and torch.equal(terms.A[r:], own["Ea"][n] @ layer.A)
-            share = own["a"][n].sigmoid()
-            torch.testing.assert_close(terms.gate, torch.cat([share.expand(r), (1 - share).expand(r // 2)]))
+            assert torch.equal(terms.Eb, own["Eb"][n]) and torch.equal(terms.Ea, own["Ea"][n])
+            assert torch.equal(terms.weight, own["a"][n].sigmoid()) and terms.A is layer.A and terms.B is layer.B
     outputs = []
     for name in ("t1", "t2", "t3", None):
         learner.select_task(name)

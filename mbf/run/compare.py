@@ -80,7 +80,7 @@ def compare(
         bench = _workbench(config, asked, progress)
     with locked(root):
         run = _open_or_create(root, config, bench)
-        planned = grown(root, planned_cells(run), asked)
+        planned = grown(root, [] if bench else planned_cells(run), asked)
         todo = _todo(state_of(root, planned, {}))
         if todo and bench is None:
             bench = _workbench(config, planned, progress)

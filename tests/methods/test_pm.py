@@ -80,6 +80,7 @@ def test_i_on_quadratic_losses_alpha_zeroes_the_derivative_of_their_sum():
     loss.backward()
     assert abs(alpha.grad) < 1e-10
     torch.testing.assert_close(optimum(sums, 3, False), raw.clamp(0, 1)[None])
+    assert torch.equal(optimum(torch.zeros(2, 2), 4, True), torch.full((2,), 0.25))  # nothing to go by: the mean
 
 
 @pytest.mark.parametrize("fisher", ["dense", "factored"])

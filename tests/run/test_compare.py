@@ -16,7 +16,7 @@ from mbf.continual import TaskError
 from mbf.methods import Method, MethodInfo, base
 from mbf.report import RunResult
 from mbf.run import ConfigError, RunConfig, RunError, resume, run
-from mbf.run.cell import CellKey
+from mbf.run.cell import CellKey, cells_of
 from mbf.run.compare import compare, go_on
 from mbf.run.config import MethodSpec, parse_config
 from mbf.run.plan import Comparison, ask, survey
@@ -119,6 +119,15 @@ def test_methods_may_have_orders_and_seeds_of_their_own(config, stream: Path) ->
         "slao-order1-seed0", "slao-order2-seed0", "slao-order1-seed1", "slao-order2-seed1", "seqlora-order2-seed1",
     ]  # fmt: skip
     assert [r.order_tasks[0] for r in found.results] == ["animal", "verb", "animal", "verb", "verb"]
+
+
+def test_given_cells_are_all_there_are_in_their_order(config) -> None:
+    """Of a new comparison those of its configuration are not begun before them, nor beside them."""
+    settings = config(methods=["seqlora", "olora"], seeds=[0, 1])
+    asked = list(reversed(cells_of(settings)))[:3]
+    progress = Recorder()
+    found = compare(settings, progress, cells=asked)
+    assert cells(progress) == names(found) == ["olora-order1-seed1", "seqlora-order1-seed1", "olora-order1-seed0"]
 
 
 def test_a_run_grows_into_a_comparison(config) -> None:

@@ -358,6 +358,35 @@ def test_the_step_is_made_with_the_mean_of_the_crossed_gradients(i, count, rho):
         assert torch.equal(layer.A, A) and torch.equal(layer.B, B)  # bit for bit where they were
 
 
+def test_processes_that_train_together_take_the_mean_of_their_gradients():
+    rules, sums = [], []
+    for _ in range(2):
+        torch.manual_seed(4)
+        rules.append(method("loda", skip=0))
+        ready(rules[-1], 1)
+    rules[1].total = lambda mine: sums.append(mine) or 3 * mine  # as of three processes that found the same
+    for rule in rules:
+        step(rule, data(31, batches=1, rows=3), seed=8)
+    assert len(sums) == 1
+    for mine, wanted in zip(rules[1].layers, rules[0].layers, strict=True):
+        torch.testing.assert_close(mine.A.grad, wanted.A.grad, **CLOSE)
+        torch.testing.assert_close(mine.B.grad, wanted.B.grad, **CLOSE)
+
+
+def test_a_process_with_nothing_to_split_joins_in_all_the_same():
+    """Otherwise the others would wait for it."""
+    rule = method("loda", skip=0)
+    ready(rule, 1)
+    sums = []
+    rule.total = lambda mine: sums.append(mine) or mine
+    step(rule, data(31, batches=1, rows=1), seed=8)
+    assert len(sums) == 1
+    rule = method("loda", skip=0, gao=False)
+    ready(rule, 1)
+    rule.total = None  # not called
+    step(rule, data(31, batches=1, rows=3), seed=8)
+
+
 def test_without_a_move_it_is_the_gradient_of_the_batch():
     rule = method("loda", rho=0.0)
     trained = ready(rule, 2)

@@ -10,8 +10,8 @@ from mbf.ops import mora_size
 from tests.methods.plain import WIDTHS, begin, end, method
 
 KINDS = (1, 6)
-# d_out, d_in, q: q divides both; x is padded; the output is repeated; it is cut off; one chunk of q > d_in.
-SHAPES = ((24, 24, 8), (24, 40, 12), (33, 17, 10), (9, 29, 6), (7, 5, 16))
+# d_out, d_in, q: q divides both; x is padded; the output is repeated; it is cut off, twice; one chunk of q > d_in.
+SHAPES = ((24, 24, 8), (24, 40, 12), (33, 17, 10), (9, 29, 6), (9, 29, 12), (7, 5, 16))
 
 
 def draw(*shape):

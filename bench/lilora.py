@@ -13,11 +13,11 @@ from functools import partial
 from typing import Any, NamedTuple
 
 import torch
+from branch import DTYPES, SCALE, SEED, Results, both_ways, judge, tracked
 from contest import Contest, run_contests
-from mora import DTYPES, SCALE, SEED, Results, both_ways, judge, tracked
 from torch import Tensor
 
-from mbf.ops import lilora_accumulate, lilora_accumulate_ref, lora_accumulate
+from mbf.ops import LiloraTerms, lilora_accumulate, lilora_accumulate_ref, lora_accumulate
 
 
 class Case(NamedTuple):
@@ -51,12 +51,10 @@ CASES = {str(case): case for case in [*(Case(*row, dtype) for row in _ROWS for d
 QUICK = [str(Case(576, 576, 8, 160, dtype)) for dtype in DTYPES]
 
 
-def side_by_side(
-    y: Tensor, x: Tensor, A: Tensor, B: Tensor, Ea: Tensor, Eb: Tensor, weight: Tensor, **terms: Any
-) -> Tensor:
+def side_by_side(y: Tensor, x: Tensor, *, scale: float, dropout_p: float, seed: int | None, **factors: Any) -> Tensor:
     """One LoRA of rank r + r̃."""
-    gate = torch.cat([weight.expand(B.shape[1]), (1 - weight).expand(Eb.shape[1])])
-    return lora_accumulate(y, x, torch.cat([A, Ea @ A]), torch.cat([B, Eb], 1), gate=gate, **terms)
+    A, B, s, gate, *_ = LiloraTerms(**factors, scale=scale).lora()
+    return lora_accumulate(y, x, A, B, scale=s, gate=gate, dropout_p=dropout_p, seed=seed)
 
 
 def build(name: str) -> Contest:
@@ -80,9 +78,7 @@ def build(name: str) -> Contest:
     mine, wide = tracked(given), tracked(given, torch.float64)
     exact = both_ways(lilora_accumulate_ref, wide, dy.double(), **terms)
     reference = both_ways(lilora_accumulate_ref, mine, dy, **terms)
-    with (
-        torch.no_grad()
-    ):  # dw is the product of dy and ∂y/∂w, and may be near zero; the errors' measure is its size else
+    with torch.no_grad():  # dw = ⟨dy, ∂y/∂w⟩ may be near zero, so its error is measured by the size that it could have
         ends = [lilora_accumulate_ref(**{**wide, "weight": wide["weight"] * 0 + w}, **terms) for w in (0.0, 1.0)]
         sizes = {"weight": float(dy.double().norm() * (ends[1] - ends[0]).norm()) / dy.numel() ** 0.5}
 

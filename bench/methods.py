@@ -3,7 +3,8 @@
 The methods that the paper compares with, and its ablations, have three orders with two seeds (``methods/real-5.yaml``);
 all others one cell, which shows a direction only. It takes hours and goes on where it stopped: ``python
 bench/methods.py --budget 110`` is a piece of it, and the same command again the next. When nothing is left, the table,
-its numbers and its picture go to ``bench/results/methods``; adapters and checkpoints stay in ``--out``.
+its numbers and its picture go to ``bench/results/methods`` and into docs/methods.md; adapters and checkpoints stay in
+``--out``.
 """
 
 from __future__ import annotations
@@ -26,7 +27,10 @@ from mbf.run.plan import Comparison, ask, survey
 HERE = Path(__file__).parent
 CONFIG = HERE / "methods" / "real-5.yaml"
 RESULTS = HERE / "results" / "methods"
+PAGE = HERE.parent / "docs" / "methods.md"
+PICTURE = Path("images", "compare-real-5.png")  # beside the page
 KEPT = ("compare.md", "compare.csv", "compare.png", "results.json")
+BEGIN, END = "<!-- begin: bench/methods.py -->\n", "<!-- end: bench/methods.py -->"
 
 
 def cells_of(config: Path, out: Path) -> tuple[RunConfig, list[CellKey]]:
@@ -46,6 +50,18 @@ def keep(found: Comparison, config: Path, results: Path) -> None:
     print(f"kept in {results}: {', '.join(KEPT)}, config.yaml")
 
 
+def show(results: Path, page: Path) -> None:
+    """Put the table between the marks of ``page``, and the picture beside it."""
+    before, _, rest = page.read_text(encoding="utf-8").partition(BEGIN)
+    _, mark, after = rest.partition(END)
+    if not mark:
+        raise ValueError(f"{page} has no lines {BEGIN.strip()!r} and {END!r}; the table goes between them")
+    table = (results / "compare.md").read_text(encoding="utf-8")
+    page.write_text(f"{before}{BEGIN}\n{table}\n{END}{after}", encoding="utf-8")
+    shutil.copyfile(results / "compare.png", page.parent / PICTURE)
+    print(f"shown in {page}")
+
+
 def main(argv: Sequence[str] | None = None) -> int:
     parser = argparse.ArgumentParser(description=(__doc__ or "").split("\n")[0])
     parser.add_argument("--budget", type=float, metavar="MINUTES", help="begin no further cell after so many")
@@ -53,6 +69,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument("--keep", action="store_true", help="run nothing; copy the results so far")
     parser.add_argument("--config", type=Path, default=CONFIG)
     parser.add_argument("--results", type=Path, default=RESULTS)
+    parser.add_argument("--page", type=Path, default=PAGE, help="which shows the table and the picture")
     args = parser.parse_args(argv)
     logging.basicConfig(format="%(asctime)s %(message)s", datefmt="%H:%M:%S")
     logging.getLogger("mbf").setLevel(logging.INFO)
@@ -62,6 +79,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         tables.comparison(console(), found.results, found.asked())
     if found.results and (args.keep or not (found.left or found.failed)):
         keep(found, args.config, args.results)
+        show(args.results, args.page)
     for cell, reason in found.failed.items():
         print(f"{cell} failed: {reason}")
     if found.left:

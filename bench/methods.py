@@ -19,6 +19,7 @@ from pathlib import Path
 from mbf import methods
 from mbf.cli import results as tables
 from mbf.cli.console import out as console
+from mbf.report import write_comparison, write_report
 from mbf.run.cell import CellKey
 from mbf.run.compare import compare
 from mbf.run.config import RunConfig
@@ -44,6 +45,9 @@ def cells_of(config: Path, out: Path) -> tuple[RunConfig, list[CellKey]]:
 def keep(found: Comparison, config: Path, results: Path) -> None:
     """Copy what is small to ``results``, with the configuration."""
     results.mkdir(parents=True, exist_ok=True)
+    # Anew: a call that was killed has left the report of the one before it, or none.
+    write_report(found.results, found.directory / "report")
+    write_comparison(found.results, found.directory / "report", asked=found.asked(), failed=found.reasons())
     for name in KEPT:
         shutil.copyfile(found.directory / "report" / name, results / name)
     shutil.copyfile(config, results / "config.yaml")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shutil
 import sys
 from pathlib import Path
 from types import ModuleType
@@ -47,7 +48,12 @@ def small(tmp_path: Path) -> list[str]:
     settings = tiny_settings(write_stream(tmp_path / "tiny")) | {"methods": ["seqlora"], "seeds": [0, 1]}
     file = tmp_path / "small.yaml"
     file.write_text(yaml.safe_dump(settings))
-    return ["--config", str(file), "--out", str(tmp_path / "out"), "--results", str(tmp_path / "results")]
+    (tmp_path / "images").mkdir()
+    (tmp_path / "page.md").write_text(
+        "before\n<!-- begin: bench/methods.py -->\nold\n<!-- end: bench/methods.py -->\nafter"
+    )
+    folders = ["--out", str(tmp_path / "out"), "--results", str(tmp_path / "results")]
+    return ["--config", str(file), *folders, "--page", str(tmp_path / "page.md")]
 
 
 def test_in_pieces_to_the_end(script, small, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys) -> None:
@@ -75,6 +81,10 @@ def test_in_pieces_to_the_end(script, small, tmp_path: Path, monkeypatch: pytest
     assert sorted(file.name for file in results.iterdir()) == sorted([*script.KEPT, "config.yaml"])
     assert "| `seqlora` | 1 × 2 |" in (results / "compare.md").read_text()
     assert sum(file.stat().st_size for file in results.iterdir()) < 200_000
+    page = (tmp_path / "page.md").read_text()
+    assert page.startswith("before\n<!--") and page.endswith("-->\nafter") and "old" not in page
+    assert (results / "compare.md").read_text() in page
+    assert (tmp_path / "images" / "compare-real-5.png").read_bytes() == (results / "compare.png").read_bytes()
 
 
 def test_keep_copies_what_is_there(script, small, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -82,6 +92,24 @@ def test_keep_copies_what_is_there(script, small, tmp_path: Path, monkeypatch: p
     assert script.main([*small, "--budget", "60"]) == 0
     monkeypatch.setattr(methods, "available", lambda: ["olora", "seqlora"])
     (tmp_path / "results" / "compare.md").unlink()
+    shutil.rmtree(tmp_path / "out" / "report")  # as after a kill
     assert script.main([*small, "--keep"]) == 0
     assert (tmp_path / "results" / "compare.md").exists()
     assert not (tmp_path / "out" / "cells" / "olora-order1-seed0").exists()
+
+
+def test_a_page_without_marks_is_left_alone(script, tmp_path: Path) -> None:
+    page = tmp_path / "page.md"
+    page.write_text("no marks")
+    with pytest.raises(ValueError, match=r"page\.md has no lines .*the table goes between them"):
+        script.show(tmp_path, page)
+    assert page.read_text() == "no marks"
+
+
+def test_the_documentation_shows_what_is_kept(script) -> None:
+    page = script.PAGE.read_text(encoding="utf-8")
+    shown = page.partition(script.BEGIN)[2].partition(script.END)[0]
+    assert shown.strip() == (script.RESULTS / "compare.md").read_text(encoding="utf-8").strip()
+    picture = script.PAGE.parent / script.PICTURE
+    assert picture.read_bytes() == (script.RESULTS / "compare.png").read_bytes() and str(script.PICTURE) in page
+    assert (script.RESULTS / "config.yaml").read_bytes() == script.CONFIG.read_bytes()

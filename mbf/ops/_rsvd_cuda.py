@@ -52,8 +52,8 @@ def svd_factors(kernels: Any, B: Sequence[Tensor], A: Sequence[Tensor], rank: in
 
 def _orthonormal(kernels: Any, rows: list[Tensor]) -> tuple[list[Tensor], Tensor]:
     """Orthonormal rows ``[count, k, d]`` of every stack, and for every matrix whether the kernel gave it up."""
-    *Q, status = kernels.orthonormal_rows(rows)
-    return Q, status != DONE
+    Q = [torch.empty_like(stack, memory_format=torch.contiguous_format) for stack in rows]
+    return Q, kernels.orthonormal_rows(rows, Q) != DONE
 
 
 def _triples(

@@ -61,8 +61,12 @@ def test_accelerate(precision: str) -> None:
     assert [record.steps for record in learner.history] == [2, 2]
     assert losses == pytest.approx(expected, rel=1e-5 if precision == "no" else 5e-3)
     ours, theirs, wanted = ({n: v - begin[n] for n, v in factors(m).items()} for m in (model, plain, exact))
+    # What bf16 rounds away of a single small factor's step is chance; of all steps together it is by the rule.
+    times, slack = (2, 1e-4) if precision == "no" else (4, 0.02)
     for name, step in wanted.items():
-        assert error(ours[name], step) <= 2 * error(theirs[name], step) + (1e-4 if precision == "no" else 0.02), name
+        assert error(ours[name], step) <= times * error(theirs[name], step) + slack, name
+    mine, peft_s, all_steps = (torch.cat([one[name].flatten() for name in wanted]) for one in (ours, theirs, wanted))
+    assert error(mine, all_steps) <= 2 * error(peft_s, all_steps) + slack
 
 
 def test_a_trainer_that_compiles_the_model(tmp_path: Path) -> None:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import math
+from collections import defaultdict
 from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
@@ -22,7 +24,9 @@ from tests.peft.helpers import error, took
 from .tiny import LAYERS, checkpointing, factors, logged, make, peft_model, rows, settings, twins
 
 
-def accelerated(model: Any, precision: str, learner: mbf.ContinualLora | None) -> list[float]:
+def accelerated(
+    model: Any, precision: str, learner: mbf.ContinualLora | None, draw: int = 0, lr: float = 0.1
+) -> list[float]:
     """Two tasks of two optimiser steps of two micro-batches."""
     AcceleratorState._reset_state(reset_partial_state=True)
     accelerator = Accelerator(mixed_precision=precision, cpu=True, gradient_accumulation_steps=2)
@@ -31,8 +35,8 @@ def accelerated(model: Any, precision: str, learner: mbf.ContinualLora | None) -
     for n in (1, 2):
         if learner is not None:
             learner.begin_task(f"task {n}")
-        optimizer = torch.optim.SGD([p for p in model.parameters() if p.requires_grad], lr=0.1)
-        optimizer, loader = accelerator.prepare(optimizer, DataLoader(rows(n), 2, collate_fn=collator))
+        optimizer = torch.optim.SGD([p for p in model.parameters() if p.requires_grad], lr=lr)
+        optimizer, loader = accelerator.prepare(optimizer, DataLoader(rows(n + 100 * draw), 2, collate_fn=collator))
         model.train()
         for batch in loader:
             with accelerator.accumulate(model):
@@ -46,27 +50,30 @@ def accelerated(model: Any, precision: str, learner: mbf.ContinualLora | None) -
     return losses
 
 
-@pytest.mark.parametrize("precision", ["no", "bf16"])
-def test_accelerate(precision: str) -> None:
+# What bf16 leaves of one small factor's step is a matter of luck, and the more so the longer the steps, so its errors
+# are pooled over draws of adapter and data.
+@pytest.mark.parametrize(("precision", "draws", "lr"), [("no", 1, 0.1), ("bf16", 6, 0.01)])
+def test_accelerate(precision: str, draws: int, lr: float) -> None:
     """Plain sequential fine-tuning by PEFT alone, and by the learner's method of that name on the fused layer."""
-    exact, plain = twins()
-    model = peft_model()
-    begin = factors(exact)
-    accelerated(exact, "no", None)
-    expected = accelerated(plain, precision, None)
-    mbf.fuse(model, strict=True)
-    learner = mbf.ContinualLora(model, "seqlora", learnt=False)
-    with took("fast", 8 * LAYERS):
-        losses = accelerated(model, precision, learner)
-    assert [record.steps for record in learner.history] == [2, 2]
-    assert losses == pytest.approx(expected, rel=1e-5 if precision == "no" else 5e-3)
-    ours, theirs, wanted = ({n: v - begin[n] for n, v in factors(m).items()} for m in (model, plain, exact))
-    # What bf16 rounds away of a single small factor's step is chance; of all steps together it is by the rule.
-    times, slack = (2, 1e-4) if precision == "no" else (4, 0.02)
-    for name, step in wanted.items():
-        assert error(ours[name], step) <= times * error(theirs[name], step) + slack, name
-    mine, peft_s, all_steps = (torch.cat([one[name].flatten() for name in wanted]) for one in (ours, theirs, wanted))
-    assert error(mine, all_steps) <= 2 * error(peft_s, all_steps) + slack
+    mine, theirs = defaultdict(list), defaultdict(list)
+    for draw in range(draws):
+        exact, plain, model = (peft_model(3 + draw) for _ in range(3))
+        begin = factors(exact)
+        accelerated(exact, "no", None, draw, lr)
+        expected = accelerated(plain, precision, None, draw, lr)
+        mbf.fuse(model, strict=True)
+        learner = mbf.ContinualLora(model, "seqlora", learnt=False)
+        with took("fast", 8 * LAYERS):
+            losses = accelerated(model, precision, learner, draw, lr)
+        assert [record.steps for record in learner.history] == [2, 2]
+        assert losses == pytest.approx(expected, rel=1e-5 if precision == "no" else 5e-3)
+        ours, peft_s, wanted = ({n: v - begin[n] for n, v in factors(one).items()} for one in (model, plain, exact))
+        for name, step in wanted.items():
+            mine[name].append(error(ours[name], step))
+            theirs[name].append(error(peft_s[name], step))
+    for name, errors in mine.items():
+        off, allowed = (math.sqrt(sum(e * e for e in found) / draws) for found in (errors, theirs[name]))
+        assert off <= 2 * allowed + (1e-4 if precision == "no" else 0.02), name
 
 
 def test_a_trainer_that_compiles_the_model(tmp_path: Path) -> None:

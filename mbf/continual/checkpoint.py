@@ -69,6 +69,24 @@ def save(learner: ContinualLora, directory: str | PathLike[str]) -> None:
         (temporary / HEADER).write_text(json.dumps(header, indent=1), encoding="utf-8")
 
 
+def export(learner: ContinualLora, directory: str | PathLike[str]) -> None:
+    """Write what the method ships as an adapter for plain PEFT; the first process does. The learner stays as it is."""
+    reshard(learner.model)
+    method, kept = learner.method, learner.method.current.clone()
+    try:
+        with torch.no_grad():
+            method.write(method.shipped())
+        sync_config(learner.model, learner.adapter)
+        parameters = whole_adapter(learner.model, learner.adapter)
+        if learner.replicas.first:
+            with whole_directory(directory) as temporary:
+                save_adapter(learner.model, learner.adapter, temporary, parameters)
+    finally:
+        with torch.no_grad():
+            method.write(kept)
+        sync_config(learner.model, learner.adapter)
+
+
 def load(
     cls: type[ContinualLora],
     model: nn.Module,

@@ -15,7 +15,6 @@ import torch
 from torch import Tensor, nn
 
 from mbf.continual import checkpoint, own_parameters
-from mbf.continual.atomic import whole_directory
 from mbf.continual.checks import (
     TaskError,
     check_can_adopt,
@@ -27,7 +26,7 @@ from mbf.continual.checks import (
 from mbf.continual.hooks import TrainingHooks
 from mbf.continual.replicas import Replicas
 from mbf.methods import Batches, Factors, Method, get
-from mbf.peft import AdapterLayer, adapter_layers, is_fused, save_adapter, sync_config, whole_adapter
+from mbf.peft import AdapterLayer, adapter_layers, is_fused, sync_config
 from mbf.peft import fuse as fuse_layers
 from mbf.peft.base_weight import unpack
 from mbf.peft.sharded import reshard
@@ -376,20 +375,7 @@ class ContinualLora:
         """
         if self._active is not None:
             raise TaskError(f"task {self._active.index} {self._active.name!r} is in progress; end or abandon it first")
-        reshard(self.model)
-        kept, shipped = self.method.current.clone(), self.method.shipped()
-        try:
-            with torch.no_grad():
-                self.method.write(shipped)
-            sync_config(self.model, self.adapter)
-            parameters = whole_adapter(self.model, self.adapter)
-            if self.replicas.first:
-                with whole_directory(directory) as temporary:
-                    save_adapter(self.model, self.adapter, temporary, parameters)
-        finally:
-            with torch.no_grad():
-                self.method.write(kept)
-            sync_config(self.model, self.adapter)
+        checkpoint.export(self, directory)
 
     def memory_bytes(self) -> dict[str, int]:
         """Bytes that persist between tasks: ``adapter`` (A and B) and ``state`` (all else the method keeps)."""

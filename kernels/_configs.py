@@ -65,12 +65,12 @@ _TABLES = {
             "32x16x4x2 64x32x8x1 64x32x8x1 64x32x8x1 64x32x8x1",
         ),
         "square_input_gradient": (
-            "64x32x8x2 64x32x8x2 64x64x8x2 64x64x8x2 64x64x8x2",
-            "32x32x4x2 32x32x4x2 64x64x8x2 64x64x8x2 64x64x8x2",
+            "64x32x8x2 64x32x4x2 64x64x8x2 64x64x8x2 64x64x8x2",
+            "32x32x4x2 64x32x4x2 64x64x8x2 64x64x8x2 64x64x8x2",
         ),
         "square_gradient": (
-            "32x32x4x2 32x32x4x2 32x64x4x2 32x128x8x2 32x128x8x2",
-            "32x32x4x2 32x32x4x2 32x64x4x2 32x64x4x2 32x64x4x2",
+            "32x32x4x2 64x32x4x2 32x64x4x2 32x128x8x2 32x128x8x2",
+            "32x32x4x2 64x32x4x2 32x64x4x2 32x64x4x2 32x64x4x2",
         ),
         "epilogue": (
             "128x128x8x3 128x128x8x3 128x128x8x3 128x128x8x3 128x128x8x3",
@@ -91,7 +91,7 @@ _TABLES = {
             "32x512x8x3 32x256x8x3 32x128x8x2 32x64x4x2",
         ),
         "output_gradient": (
-            "64x512x8x2 64x512x8x2 64x512x8x2 64x256x8x2 32x128x8x2",
+            "64x512x8x2 64x512x8x2 64x512x8x2 64x256x8x2 32x64x8x2",
             "32x128x8x2 32x64x8x2 32x64x8x2 32x64x8x2",
         ),
         "input_gradient": (
@@ -104,15 +104,15 @@ _TABLES = {
         ),
         "square": (
             "64x16x4x2 64x32x4x2 64x64x4x2 64x128x8x2 64x128x8x2",
-            "32x16x4x2 32x32x4x2 64x64x8x2 64x64x8x2 64x64x8x2",
+            "32x16x4x2 64x32x8x1 64x64x8x2 64x64x8x2 64x64x8x2",
         ),
         "square_input_gradient": (
-            "64x32x8x2 64x32x8x2 64x64x8x2 64x64x8x2 64x64x8x2",
+            "64x32x8x2 64x32x4x2 64x64x8x2 64x64x8x2 64x64x8x2",
             "64x32x4x2 64x32x4x2 64x32x4x2 64x32x4x2 64x32x4x2",
         ),
         "square_gradient": (
-            "32x32x4x2 32x32x4x2 32x64x4x2 32x128x8x2 32x128x8x2",
-            "32x32x4x2 32x32x4x2 32x64x4x2 32x64x4x2 32x64x4x2",
+            "32x32x4x2 64x32x4x2 32x64x4x2 32x128x8x2 32x128x8x2",
+            "32x32x4x2 64x32x4x2 32x64x4x2 32x64x4x2 32x64x4x2",
         ),
         "epilogue": (
             "128x128x8x3 128x128x8x3 128x128x8x3 128x128x8x3 128x128x8x3",
@@ -145,15 +145,15 @@ _TABLES = {
             "32x64x8x2 32x64x8x2",
         ),
         "square": (
-            "64x16x4x2 64x32x4x2 64x64x4x2 64x128x8x2 64x128x8x2",
-            "32x16x4x2 32x32x8x1 64x64x8x1 64x64x8x1 64x64x8x1",
+            "64x16x4x2 128x32x8x2 64x64x4x2 64x128x8x2 64x128x8x2",
+            "32x16x4x2 128x32x8x2 64x64x8x1 64x64x8x1 64x64x8x1",
         ),
         "square_input_gradient": (
-            "64x32x8x2 64x32x8x2 64x64x8x2 64x64x8x2 64x64x8x2",
+            "64x32x8x2 64x32x4x2 64x64x8x2 64x64x8x2 64x64x8x2",
             "64x32x4x2 64x32x4x2 64x32x4x2 64x32x4x2 64x32x4x2",
         ),
         "square_gradient": (
-            "32x32x4x2 32x32x4x2 32x64x4x2 64x128x8x2 64x128x8x2",
+            "32x32x4x2 64x32x4x2 32x64x4x2 64x128x8x2 64x128x8x2",
             "64x32x4x1 64x32x4x1 64x32x4x1 64x32x4x1 64x32x4x1",
         ),
         "epilogue": (
@@ -191,12 +191,12 @@ _TABLES = {
             "32x16x4x2 64x32x8x1 64x32x8x1 64x32x8x1 64x32x8x1",
         ),
         "square_input_gradient": (
-            "64x32x8x2 64x32x8x2 64x64x8x2 64x64x8x2 64x64x8x2",
-            "32x32x4x2 32x32x4x2 64x64x8x2 64x64x8x2 64x64x8x2",
+            "64x32x8x2 64x32x4x2 64x64x8x2 64x64x8x2 64x64x8x2",
+            "32x32x4x2 64x32x4x2 64x64x8x2 64x64x8x2 64x64x8x2",
         ),
         "square_gradient": (
-            "32x32x4x2 32x32x4x2 32x64x4x2 32x128x8x2 32x128x8x2",
-            "32x32x4x2 32x32x4x2 32x64x4x2 32x64x4x2 32x64x4x2",
+            "32x32x4x2 64x32x4x2 32x64x4x2 32x128x8x2 32x128x8x2",
+            "32x32x4x2 64x32x4x2 32x64x4x2 32x64x4x2 32x64x4x2",
         ),
         "epilogue": (
             "128x128x8x2 128x128x8x2 64x128x4x2 64x64x4x2 64x64x4x2",

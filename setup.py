@@ -8,6 +8,8 @@ Without a compiler mbf installs all the same, and computes with plain torch.
 ``MBF_BUILD_CPU=0`` leaves ``mbf._C`` out, ``MBF_BUILD_CPU=1`` makes a missing compiler an error.
 ``MBF_BUILD_CUDA=0`` leaves ``mbf._cuda`` out, ``MBF_BUILD_CUDA=1`` builds it or fails. ``auto``, the default, builds it
 into wheels where there is an nvcc that works. It takes a minute or more, so an editable install has none unless told.
+``MBF_SANITIZE=1`` builds ``mbf._C`` for AddressSanitizer and UBSan, into build/sanitize and never in its place; ``make
+sanitize`` has mbf load it by ``MBF_NATIVE``.
 """
 
 from __future__ import annotations
@@ -34,6 +36,12 @@ WARNINGS = (
     "-Wno-unused-parameter",  # torch's own headers have them
     "-Wno-maybe-uninitialized",  # GCC 12 warns of every std::optional
     "-Wno-psabi",  # vectors are passed between inlined functions only
+)
+SANITIZE = os.environ.get("MBF_SANITIZE", "") not in ("", "0")
+SANITIZER_FLAGS = (
+    "-fsanitize=address,undefined",
+    "-fno-sanitize-recover=undefined",
+    "-fno-omit-frame-pointer",
 )
 TORCH_TARGET_VERSION = "0x020a000000000000"  # 2.10.0, in the layout of torch/headeronly/version.h
 
@@ -137,6 +145,7 @@ def native() -> Extension:
     """The one shared object ``mbf/_C.abi3.so`` of all of ``csrc/``'s C++."""
     from torch.utils.cpp_extension import CppExtension
 
+    optimise = ("-O1", "-g1", *SANITIZER_FLAGS) if SANITIZE else ("-O3", "-g0")
     of_cpu = sorted(str(path.relative_to(ROOT)) for path in (ROOT / "csrc/cpu").rglob("*.cpp"))
     return CppExtension(
         "mbf._C",
@@ -144,8 +153,11 @@ def native() -> Extension:
         depends=sorted(str(path.relative_to(ROOT)) for path in (ROOT / "csrc/cpu").rglob("*.h")),
         py_limited_api=True,
         define_macros=[("TORCH_TARGET_VERSION", TORCH_TARGET_VERSION)],
-        extra_compile_args=["-O3", "-g0", "-fvisibility=hidden", *WARNINGS],
-        extra_link_args=[f"-Wl,{flag}" for flag in portable("--gc-sections")],
+        extra_compile_args=[*optimise, "-fvisibility=hidden", *WARNINGS],
+        extra_link_args=[
+            *(SANITIZER_FLAGS if SANITIZE else ()),
+            *(f"-Wl,{flag}" for flag in portable("--gc-sections")),
+        ],
     )
 
 
@@ -219,6 +231,12 @@ def build_commands(modules: list[Extension]) -> dict[str, type]:
 
     class Build(BuildExtension):
         """torch's command for C++; nvcc by rules of our own, as torch's refuse where torch itself is without CUDA."""
+
+        def finalize_options(self) -> None:
+            if SANITIZE:
+                self.inplace = False
+                self.build_lib, self.build_temp = str(ROOT / "build/sanitize"), str(ROOT / "build/sanitize/objects")
+            super().finalize_options()
 
         def build_extensions(self) -> None:
             ours = [extension for extension in self.extensions if extension.name == "mbf._cuda"]

@@ -2,20 +2,21 @@
 
 #include "basis.h"
 
-#include <torch/headeronly/util/Exception.h>
-
 #include <algorithm>
 
 #include "huge.h"
 #include "kernels.h"
+#include "lora/check.h"
 #include "lora/micro.h"
 #include "share.h"
 
 namespace mbf::cpu {
 
-void add_matrices(const Tensor& stack, std::vector<linalg::Matrix>& to) {
-  STD_TORCH_CHECK(stack.is_cpu() && stack.dim() >= 2 && stack.is_contiguous(),
-                  "matrices must be contiguous tensors [..., r, d] on the CPU");
+void add_matrices(const Argument& argument, const Tensor& stack, std::vector<linalg::Matrix>& to) {
+  check_float(argument, stack);
+  if (stack.dim() < 2 || !stack.is_contiguous()) {
+    refuse(argument, "is " + described(stack) + "; it must be contiguous and [..., r, d]");
+  }
   const int64_t r = stack.size(-2), d = stack.size(-1);
   const int64_t bytes = r * d * element_size(stack.scalar_type());
   const char* data = static_cast<const char*>(stack.const_data_ptr());
@@ -24,12 +25,13 @@ void add_matrices(const Tensor& stack, std::vector<linalg::Matrix>& to) {
   }
 }
 
-std::vector<linalg::Matrix> matrices_of(const std::vector<Tensor>& stacks, const char* op) {
+std::vector<linalg::Matrix> matrices_of(Argument argument, const std::vector<Tensor>& stacks) {
   std::vector<linalg::Matrix> found;
   for (const Tensor& stack : stacks) {
-    add_matrices(stack, found);
+    ++argument.at;
+    add_matrices(argument, stack, found);
     const int64_t r = stack.size(-2), d = stack.size(-1);
-    STD_TORCH_CHECK(1 <= r && r <= d, op, ": r must lie in [1, d], it is ", r, " and d is ", d);
+    if (r < 1 || r > d) refuse(argument, "has matrices " + described(stack) + "; r must lie in [1, d]");
   }
   return found;
 }
@@ -42,13 +44,14 @@ std::vector<Tensor> packed(const std::vector<Tensor>& tensors) {
 
 std::vector<linalg::Matrix> results_for(const std::vector<linalg::Matrix>& matrices, const std::vector<Tensor>& Q,
                                         const char* op) {
-  const auto found = matrices_of(Q, op);
-  STD_TORCH_CHECK(found.size() == matrices.size(), op, ": Q must be as A is, matrix for matrix");
+  const auto found = matrices_of({op, "Q"}, Q);
+  if (found.size() != matrices.size()) refuse({op, "Q"}, "must be as A is, matrix for matrix");
   const char *begin = nullptr, *end = nullptr;  // of results that lie together
   for (size_t n = 0; n < found.size(); ++n) {
     const linalg::Matrix &A = matrices[n], &here = found[n];
-    STD_TORCH_CHECK(here.type == A.type && here.r == A.r && here.d == A.d, op, ": Q ", n,
-                    " must have the shape and dtype of its A");
+    if (here.type != A.type || here.r != A.r || here.d != A.d) {
+      refuse({op, "Q"}, std::to_string(n) + " must have the shape and dtype of its A");
+    }
     const char* data = static_cast<const char*>(here.data);
     if (data != end) {
       ask_for_huge_pages(begin, end);
@@ -62,7 +65,7 @@ std::vector<linalg::Matrix> results_for(const std::vector<linalg::Matrix>& matri
 
 Tensor orthonormal_rows(Tensors A, Tensors Q) {
   const Tensors from = packed(A);
-  const auto matrices = matrices_of(from, "orthonormal_rows");
+  const auto matrices = matrices_of({"orthonormal_rows", "A"}, from);
   const auto bases = results_for(matrices, Q, "orthonormal_rows");
   const int64_t count = static_cast<int64_t>(matrices.size());
   const Tensor status = empty({count}, ScalarType::Int);

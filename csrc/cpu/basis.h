@@ -4,14 +4,15 @@
 #include <vector>
 
 #include "linalg/orthonormal.h"
+#include "lora/check.h"
 
 namespace mbf::cpu {
 
 // Adds every matrix of a contiguous tensor [..., r, d] in order.
-void add_matrices(const Tensor& stack, std::vector<linalg::Matrix>& to);
+void add_matrices(const Argument& argument, const Tensor& stack, std::vector<linalg::Matrix>& to);
 
-// The same of a list, for `op`, which needs 1 ≤ r ≤ d.
-std::vector<linalg::Matrix> matrices_of(const std::vector<Tensor>& stacks, const char* op);
+// The same of the list `argument`, whose matrices must have 1 ≤ r ≤ d.
+std::vector<linalg::Matrix> matrices_of(Argument argument, const std::vector<Tensor>& stacks);
 
 std::vector<Tensor> packed(const std::vector<Tensor>& tensors);
 

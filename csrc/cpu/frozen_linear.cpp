@@ -1,6 +1,7 @@
 // frozen_linear and its backward: y = x Wᵀ + b and dx = dy W, the fused layer with a branch of rank 0.
 
 #include "kernels.h"
+#include "lora/check.h"
 #include "lora/layers.h"
 
 namespace mbf::cpu {
@@ -17,6 +18,10 @@ Layer without_branch(const Tensor& weight, const MaybeTensor& bias) {
 }  // namespace
 
 Tensor frozen_linear(Tensor x, Tensor weight, MaybeTensor bias) {
+  check_rows({"frozen_linear", "x"}, x, -1);
+  check_matrix({"frozen_linear", "weight"}, weight, -1, x.size(-1));
+  check_type({"frozen_linear", "weight"}, weight, x.scalar_type());
+  if (bias) check_bias("frozen_linear", *bias, weight);
   if (x.dim() == 1) {
     const Tensor y = frozen_linear(torch::stable::view(x, {1, x.size(0)}), weight, bias);
     return torch::stable::view(y, {weight.size(0)});
@@ -25,6 +30,9 @@ Tensor frozen_linear(Tensor x, Tensor weight, MaybeTensor bias) {
 }
 
 Tensor frozen_linear_backward(Tensor dy, Tensor weight) {
+  check_rows({"frozen_linear_backward", "dy"}, dy, -1);
+  check_matrix({"frozen_linear_backward", "weight"}, weight, dy.size(-1), -1);
+  check_type({"frozen_linear_backward", "weight"}, weight, dy.scalar_type());
   if (dy.dim() == 1) {
     return torch::stable::view(frozen_linear_backward(torch::stable::view(dy, {1, dy.size(0)}), weight),
                                {weight.size(1)});

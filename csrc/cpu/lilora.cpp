@@ -11,6 +11,7 @@
 #include "kernels.h"
 #include "lora/arithmetic.h"
 #include "lora/branch.h"
+#include "lora/check.h"
 #include "lora/chunk_sums.h"
 #include "lora/passes.h"
 #include "lora/results.h"
@@ -272,6 +273,20 @@ LiloraGradients Lilora<C>::backward(const Rows& dy, const Tensor& h, const Maybe
   return out;
 }
 
+void check_operands(const char* op, const LiloraOperands& operands, int64_t d_in, int64_t d_out) {
+  check_matrix({op, "A"}, operands.A, -1, d_in);
+  check_matrix({op, "B"}, operands.B, d_out, operands.A.size(0));
+  check_matrix({op, "Ea"}, operands.Ea, -1, operands.A.size(0));
+  check_matrix({op, "Eb"}, operands.Eb, operands.B.size(0), operands.Ea.size(0));
+  const ScalarType type = operands.A.scalar_type();
+  check_type({op, "B"}, operands.B, type);
+  check_type({op, "Ea"}, operands.Ea, type);
+  check_type({op, "Eb"}, operands.Eb, type);
+  check_number({op, "weight"}, operands.weight);
+  check_number({op, "scale"}, operands.scale);
+  check_dropout(op, operands.dropout_p, operands.seed);
+}
+
 // -- by the type of the arithmetic ---------------------------------------------------------------------------
 
 bool is_wide(const MaybeTensor& tensor) { return tensor && tensor->scalar_type() == ScalarType::Double; }
@@ -329,6 +344,10 @@ LiloraGradients differentiated(const Tensor& dy, const Tensor& h, const MaybeTen
 std::tuple<Tensor, Tensor> lilora_accumulate(Tensor y, Tensor x, Tensor A, Tensor B, Tensor Ea, Tensor Eb,
                                              Tensor weight, Tensor scale, double dropout_p, MaybeTensor seed) {
   const LiloraOperands operands{A, B, Ea, Eb, weight, scale, dropout_p, seed};
+  const char* op = "lilora_accumulate";
+  check_rows({op, "x"}, x, -1);
+  check_rows_like({op, "y"}, y, x, -1);
+  check_operands(op, operands, x.size(-1), y.size(-1));
   if (is_nothing(operands)) {
     const Tensor out = torch::stable::clone(y), h = matrix_like(x, A.size(0), A.scalar_type());
     return {out.is_contiguous() ? out : torch::stable::contiguous(out), *zeros_if(true, h)};
@@ -341,6 +360,13 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> lilora_accumu
     Tensor dy, Tensor h, MaybeTensor x, Tensor A, Tensor B, Tensor Ea, Tensor Eb, Tensor weight, Tensor scale,
     double dropout_p, MaybeTensor seed, std::vector<bool> needs) {
   const LiloraOperands operands{A, B, Ea, Eb, weight, scale, dropout_p, seed};
+  const char* op = "lilora_accumulate_backward";
+  check_length({op, "needs"}, needs.size(), 7);
+  check_rows({op, "dy"}, dy, -1);
+  check_operands(op, operands, -1, dy.size(-1));
+  check_rows_like({op, "h"}, h, dy, A.size(0));
+  check_type({op, "h"}, h, A.scalar_type());
+  if (x) check_rows_like({op, "x"}, *x, dy, A.size(1));
   const LiloraAsked asked{needs[0], needs[1] && x, needs[2], needs[3], needs[4], needs[5], needs[6]};
   const ScalarType x_type = x ? x->scalar_type() : dy.scalar_type();
   LiloraGradients found;

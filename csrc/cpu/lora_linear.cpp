@@ -1,6 +1,7 @@
 // lora_linear and its backward: one layer of lora/layers.h, whose base may be trained, too.
 
 #include "kernels.h"
+#include "lora/check.h"
 #include "lora/layers.h"
 #include "lora/results.h"
 
@@ -25,8 +26,10 @@ Tensor product_of_rows(const Tensor& left, const Tensor& right) {
 std::tuple<Tensor, Tensor> lora_linear(Tensor x, Tensor weight, MaybeTensor bias, Tensor A, Tensor B, double scale,
                                        MaybeTensor gate, MaybeTensor mix, double dropout_p, MaybeTensor seed,
                                        MaybeTensor merged_B, MaybeTensor merge_weight) {
-  const LayerOutputs out =
-      forward(x, {{weight, bias, {A, B, scale, gate, mix, dropout_p, seed, merged_B, merge_weight}}});
+  const Layer layer{weight, bias, {A, B, scale, gate, mix, dropout_p, seed, merged_B, merge_weight}};
+  check_rows({"lora_linear", "x"}, x, -1);
+  check_layer("lora_linear", layer, x, x.scalar_type(), x.size(-1));
+  const LayerOutputs out = forward(x, {layer});
   return {out.ys[0], out.hs[0]};
 }
 
@@ -35,7 +38,14 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tenso
     MaybeTensor mix, double dropout_p, MaybeTensor seed, MaybeTensor merged_B, MaybeTensor merge_weight,
     std::vector<bool> needs) {
   const Layer layer{weight, std::nullopt, {A, B, scale, gate, mix, dropout_p, seed, merged_B, merge_weight}};
-  const LayerGradients gradients = backward({dy}, {h}, x, {layer}, needs[0], {asked_of(needs, 3)});
+  const char* op = "lora_linear_backward";
+  check_length({op, "needs"}, needs.size(), 9);
+  check_rows({op, "dy"}, dy, -1);
+  check_layer(op, layer, dy, dy.scalar_type(), -1);
+  check_gradient(op, layer, dy, h);
+  if (x) check_input(op, *x, dy, weight.size(1), dy.scalar_type());
+  const Asked asked = possible(asked_of(needs, 3), layer.branch, x.has_value());
+  const LayerGradients gradients = backward({dy}, {h}, x, {layer}, needs[0], {asked});
   const BranchGradients& branch = gradients.branches[0];
   return {or_undefined(gradients.dx),
           needs[1] && x ? product_of_rows(rows_of(dy), rows_of(*x)) : Tensor(),

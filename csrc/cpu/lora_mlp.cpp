@@ -30,6 +30,17 @@ bool is_gelu(const std::string& activation) {
   return activation == "gelu_tanh";
 }
 
+// gate and up [d_ff, d_in], down [d_out, d_ff].
+void check_mlp(const char* op, const Tensor& x, const std::vector<Layer>& layers) {
+  check_length({op, "weights"}, layers.size(), 3);
+  check_rows({op, "x"}, x, -1);
+  check_layer(op, layers[0], x, x.scalar_type(), x.size(-1), 0);
+  check_layer(op, layers[1], x, x.scalar_type(), x.size(-1), 1);
+  const int64_t d_ff = layers[0].weight.size(0);
+  check_matrix({op, "weights", 1}, layers[1].weight, d_ff, -1);
+  check_layer(op, layers[2], x, x.scalar_type(), d_ff, 2);
+}
+
 // Calls use(first element, their number, C* ...) for pieces of the tensors as C: in place where that is their type,
 // through a first-level cacheful of scratch elsewhere. The first `inputs` are read, the others written.
 template <typename C, size_t tensors, typename Use>
@@ -345,8 +356,11 @@ MlpGradients backward_layers(const Tensor& dy, const Tensor& x, MaybeTensor g, M
 Tensors lora_mlp(Tensor x, Tensors weights, MaybeTensors biases, Tensors A, Tensors B, std::vector<double> scales,
                  MaybeTensors gates, MaybeTensors mixes, std::vector<double> dropout_ps, MaybeTensors seeds,
                  MaybeTensors merged_Bs, MaybeTensors merge_weights, std::string activation, bool recompute) {
-  const Mlp mlp(x, members(weights, biases, A, B, scales, gates, mixes, dropout_ps, seeds, merged_Bs, merge_weights),
-                is_gelu(activation));
+  const char* op = "lora_mlp";
+  const std::vector<Layer> layers =
+      members(op, weights, &biases, A, B, scales, gates, mixes, dropout_ps, seeds, merged_Bs, merge_weights);
+  check_mlp(op, x, layers);
+  const Mlp mlp(x, layers, is_gelu(activation));
   if (mlp.together()) return forward_strips(x, mlp, recompute);
   if (!mlp.by_chunks()) return forward_layers(x, mlp, recompute);
   return mlp.type == ScalarType::Double ? forward_chunks<double>(x, mlp, recompute)
@@ -358,9 +372,24 @@ Tensors lora_mlp_backward(Tensor dy, Tensor x, MaybeTensor g, MaybeTensor u, Ten
                           MaybeTensors mixes, std::vector<double> dropout_ps, MaybeTensors seeds,
                           MaybeTensors merged_Bs, MaybeTensors merge_weights, std::string activation,
                           std::vector<bool> needs) {
-  const Mlp mlp(x, members(weights, biases, A, B, scales, gates, mixes, dropout_ps, seeds, merged_Bs, merge_weights),
-                is_gelu(activation));
-  const std::vector<Asked> asked = asked_of_members(needs);
+  for (Tensor& h : hs) h = packed(h);
+  if (g) g = packed(*g);
+  if (u) u = packed(*u);
+  const char* op = "lora_mlp_backward";
+  const std::vector<Layer> layers =
+      members(op, weights, &biases, A, B, scales, gates, mixes, dropout_ps, seeds, merged_Bs, merge_weights);
+  check_mlp(op, x, layers);
+  const std::vector<Asked> asked = asked_of_members(op, needs, layers, true);
+  check_rows_like({op, "dy"}, dy, x, weights[2].size(0));
+  check_type({op, "dy"}, dy, x.scalar_type());
+  check_length({op, "hs"}, hs.size(), 3);
+  for (size_t n = 0; n < 3; ++n) check_h(op, layers[n].branch, hs[n], x, static_cast<int64_t>(n));
+  for (const auto& [name, kept] : {std::pair("g", &g), std::pair("u", &u)}) {
+    if (!*kept) continue;
+    check_rows_like({op, name}, **kept, x, weights[0].size(0));
+    check_type({op, name}, **kept, x.scalar_type());
+  }
+  const Mlp mlp(x, layers, is_gelu(activation));
   const auto differentiate = [&] {
     if (mlp.together()) return backward_strips(dy, x, g, u, hs, mlp, needs[0], asked);
     if (!mlp.by_chunks()) return backward_layers(dy, x, g, u, hs, mlp, needs[0], asked);

@@ -198,16 +198,24 @@ MergeSpan span_for(ScalarType merged, ScalarType finetuned) {
 
 }  // namespace
 
-Merge::Merge(const std::vector<Tensor>& merged, const std::vector<Tensor>& finetuned, const Tensor& weight)
+Merge::Merge(const Argument& merged_name, const std::vector<Tensor>& merged, const Argument& finetuned_name,
+             const std::vector<Tensor>& finetuned, const Tensor& weight)
     : merged_(merged) {
-  STD_TORCH_CHECK(weight.is_cpu() && weight.dim() == 0 && weight.scalar_type() == ScalarType::Double,
-                  "merge_: weight must be a 0-d fp64 tensor on the CPU");
-  STD_TORCH_CHECK(merged.size() == finetuned.size(), "merge_: ", merged.size(), " tensors and ", finetuned.size());
+  if (!weight.is_cpu() || weight.dim() != 0 || weight.scalar_type() != ScalarType::Double) {
+    refuse({merged_name.op, "weight"}, "is " + described(weight) + "; it must be a 0-d fp64 tensor on the CPU");
+  }
+  check_length(finetuned_name, finetuned.size(), merged.size());
   lambda_ = *weight.const_data_ptr<double>();
   pairs_.reserve(merged.size());
   for (size_t n = 0; n < merged.size(); ++n) {
-    STD_TORCH_CHECK(merged[n].sizes().equals(finetuned[n].sizes()), "merge_: the shapes of pair ", n, " differ");
-    STD_TORCH_CHECK(merged[n].is_cpu() && finetuned[n].is_cpu(), "merge_: pair ", n, " is not on the CPU");
+    const Argument into{merged_name.op, merged_name.name, static_cast<int64_t>(n)};
+    const Argument source{finetuned_name.op, finetuned_name.name, static_cast<int64_t>(n)};
+    check_float(into, merged[n]);
+    check_float(source, finetuned[n]);
+    if (!merged[n].sizes().equals(finetuned[n].sizes())) {
+      refuse(source, "is " + described(finetuned[n]) + "; its partner is " + described(merged[n]));
+    }
+    check_writable(into, merged[n]);
     const MergeSpan span = span_for(merged[n].scalar_type(), finetuned[n].scalar_type());
     const Tensor m = torch::stable::contiguous(merged[n]);
     const Tensor f = torch::stable::contiguous(finetuned[n]);
@@ -240,7 +248,7 @@ void Merge::finish() const {
 }
 
 void merge_(Tensors merged, Tensors finetuned, Tensor weight) {
-  const Merge merge(merged, finetuned, weight);
+  const Merge merge({"merge_", "merged"}, merged, {"merge_", "finetuned"}, finetuned, weight);
   torch::stable::parallel_for(0, merge.pieces(), 1, [&](int64_t begin, int64_t end) {
     for (int64_t n = begin; n < end; ++n) merge.run(n);
   });
@@ -248,7 +256,8 @@ void merge_(Tensors merged, Tensors finetuned, Tensor weight) {
 }
 
 Tensor merge_with_norms_(Tensors merged, Tensors finetuned, Tensor weight) {
-  const Merge merge(merged, finetuned, weight);
+  const char* op = "merge_with_norms_";
+  const Merge merge({op, "merged"}, merged, {op, "finetuned"}, finetuned, weight);
   std::vector<double> squares(3 * merge.pieces());
   torch::stable::parallel_for(0, merge.pieces(), 1, [&](int64_t begin, int64_t end) {
     for (int64_t n = begin; n < end; ++n) merge.run(n, &squares[3 * n]);

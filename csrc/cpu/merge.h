@@ -6,6 +6,8 @@
 #include <cstdint>
 #include <vector>
 
+#include "lora/check.h"
+
 namespace mbf::cpu {
 
 // Merges elements `begin` .. `end` of a pair, and where `squares` is given takes their three sums of squares.
@@ -14,9 +16,10 @@ using MergeSpan = void (*)(void* merged, const void* finetuned, int64_t begin, i
 
 class Merge {
  public:
-  // M ← M + λ (F − M) for every pair; weight is λ, 0-d in fp64. Throws where pairs don't fit.
-  Merge(const std::vector<torch::stable::Tensor>& merged, const std::vector<torch::stable::Tensor>& finetuned,
-        const torch::stable::Tensor& weight);
+  // M ← M + λ (F − M) for every pair; weight is λ, 0-d in fp64. Throws, in the names of the operator's arguments, where
+  // pairs don't fit.
+  Merge(const Argument& merged_name, const std::vector<torch::stable::Tensor>& merged, const Argument& finetuned_name,
+        const std::vector<torch::stable::Tensor>& finetuned, const torch::stable::Tensor& weight);
 
   int64_t pieces() const { return static_cast<int64_t>(pieces_.size()); }
   int64_t pair_of(int64_t piece) const { return static_cast<int64_t>(pieces_[piece].pair); }

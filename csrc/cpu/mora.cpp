@@ -16,6 +16,7 @@
 #include "kernels.h"
 #include "lora/arithmetic.h"
 #include "lora/base_product.h"
+#include "lora/check.h"
 #include "lora/chunk_sums.h"
 #include "lora/results.h"
 #include "lora/serial_blas.h"
@@ -26,7 +27,7 @@ namespace {
 
 using torch::stable::parallel_for;
 
-constexpr int64_t kSharing = 1;
+constexpr int64_t kSharing = 1, kRotation = 6;
 constexpr double kLogBase = 9.2103403719761827;  // log 10000: pow would need a newer glibc than exp (portable.cpp)
 constexpr int64_t kBlockBytes = 1 << 19;         // of u, in the arithmetic's type
 constexpr int64_t kLeastRows = 128;              // of u in a block: below it products lose their speed
@@ -305,6 +306,20 @@ void Mora<C>::backward(const Rows& dy, const Rows* x, const Rows* dx, C* dM) con
   for (int64_t n = 0; n < q_ * q_; ++n) dM[n] *= factor;
 }
 
+void check_terms(const char* op, const Terms& terms) {
+  check_matrix({op, "M"}, terms.M, -1, -1);
+  check_matrix({op, "M"}, terms.M, terms.M.size(1), terms.M.size(0));
+  const int64_t q = terms.M.size(0);
+  if (q == 0) refuse({op, "M"}, "is empty; it must be at least [1, 1]");
+  if (terms.kind != kSharing && terms.kind != kRotation) {
+    refuse({op, "kind"}, "is " + std::to_string(terms.kind) + "; it must be 1 (sharing) or 6 (rotation)");
+  }
+  if (terms.kind == kRotation && q % 2 != 0) {
+    refuse({op, "M"}, "has " + std::to_string(q) + " rows; for kind 6 their number must be even");
+  }
+  check_dropout(op, terms.dropout_p, terms.seed);
+}
+
 // -- by the type of the arithmetic --------------------------------------------------------------------------
 
 bool is_wide(const MaybeTensor& tensor) { return tensor && tensor->scalar_type() == ScalarType::Double; }
@@ -341,6 +356,9 @@ std::tuple<Tensor, Tensor> differentiated(const Tensor& dy, const MaybeTensor& x
 
 Tensor mora_accumulate(Tensor y, Tensor x, Tensor M, int64_t kind, double scale, double dropout_p, MaybeTensor seed) {
   const Terms terms{M, kind, scale, dropout_p, seed};
+  check_rows({"mora_accumulate", "x"}, x, -1);
+  check_rows_like({"mora_accumulate", "y"}, y, x, -1);
+  check_terms("mora_accumulate", terms);
   return is_wide(y) || is_wide(x) || is_wide(M) ? accumulated<double>(y, x, terms) : accumulated<float>(y, x, terms);
 }
 
@@ -348,6 +366,12 @@ std::tuple<Tensor, Tensor> mora_accumulate_backward(Tensor dy, MaybeTensor x, Te
                                                     double scale, double dropout_p, MaybeTensor seed,
                                                     std::vector<bool> needs) {
   const Terms terms{M, kind, scale, dropout_p, seed};
+  const char* op = "mora_accumulate_backward";
+  check_length({op, "needs"}, needs.size(), 2);
+  check_rows({op, "dy"}, dy, -1);
+  if (d_in < 0) refuse({op, "d_in"}, "is " + std::to_string(d_in) + "; it must be a size");
+  if (x) check_rows_like({op, "x"}, *x, dy, d_in);
+  check_terms(op, terms);
   const bool need_M = needs[1] && x;
   return is_wide(dy) || is_wide(x) || is_wide(M) ? differentiated<double>(dy, x, terms, d_in, needs[0], need_M)
                                                  : differentiated<float>(dy, x, terms, d_in, needs[0], need_M);

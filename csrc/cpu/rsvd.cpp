@@ -1,7 +1,5 @@
 // rsvd and svd_factors: leading singular triples of many matrices, dense or products of thin factors.
 
-#include <torch/headeronly/util/Exception.h>
-
 #include <algorithm>
 #include <memory>
 
@@ -82,6 +80,7 @@ void decompose(const std::vector<Matrix>& matrices, const std::vector<size_t>& c
   });
 }
 
+constexpr int64_t kMostIterations = 1 << 20;
 constexpr int64_t kAtOnce = 1 << 24;  // numbers of the matrices whose scratch memory is held at a time
 
 std::vector<double> doubles_of(const Matrix& matrix, bool transpose) {
@@ -118,21 +117,51 @@ linalg::Status decompose_product(const Matrix& B, const Matrix& A, const Triples
   return linalg::kDone;
 }
 
-std::vector<Matrix> all_of(const Tensors& stacks) {
+std::vector<Matrix> all_of(Argument argument, const Tensors& stacks) {
   std::vector<Matrix> found;
-  for (const Tensor& stack : stacks) add_matrices(stack, found);
+  for (const Tensor& stack : stacks) {
+    ++argument.at;
+    add_matrices(argument, stack, found);
+  }
   return found;
+}
+
+void check_rank(const char* op, int64_t rank, int64_t triples) {
+  if (1 <= rank && rank <= triples) return;
+  refuse({op, "rank"}, "is " + std::to_string(rank) + "; it must lie in [1, " + std::to_string(triples) +
+                           "], the number of singular triples");
+}
+
+// B [..., m, r] and A [..., r, n] of one dtype.
+void check_factors(int64_t at, const Tensor& B, const Tensor& A, int64_t rank) {
+  const Argument argument{"svd_factors", "B", at};
+  std::vector<int64_t> of_B = shape_of(B), of_A = shape_of(A);
+  const int64_t m = of_B[of_B.size() - 2], n = of_A.back(), r = of_B.back();
+  of_B.erase(of_B.end() - 2);
+  of_A.pop_back();
+  if (of_B != of_A)
+    refuse(argument, "is " + described(B) + " and A " + described(A) + "; they must be [..., m, r] and [..., r, n]");
+  check_type(argument, B, A.scalar_type());
+  check_rank("svd_factors", rank, std::min({m, r, n}));
 }
 
 }  // namespace
 
 Tensors rsvd(Tensors matrices, Tensor seeds, int64_t rank, int64_t oversample, int64_t n_iter) {
   const Tensors from = packed(matrices);
-  const std::vector<Matrix> all = all_of(from);
+  const std::vector<Matrix> all = all_of({"rsvd", "matrices"}, from);
+  for (const Tensor& stack : from) check_rank("rsvd", rank, std::min(stack.size(-2), stack.size(-1)));
+  if (oversample < 0) refuse({"rsvd", "oversample"}, "is " + std::to_string(oversample) + "; it can't be negative");
+  if (n_iter < 0 || n_iter > kMostIterations) {
+    refuse({"rsvd", "n_iter"},
+           "is " + std::to_string(n_iter) + "; it must lie in [0, " + std::to_string(kMostIterations) + "]");
+  }
+  oversample = std::min(oversample, INT64_MAX - rank);
   const Tensor keys = torch::stable::contiguous(seeds);
-  STD_TORCH_CHECK(
-      keys.is_cpu() && keys.scalar_type() == ScalarType::Long && keys.numel() == static_cast<int64_t>(all.size()),
-      "rsvd: seeds must be int64 on the CPU, one for each of ", all.size(), " matrices");
+  if (!keys.is_cpu() || keys.scalar_type() != ScalarType::Long || keys.numel() != static_cast<int64_t>(all.size())) {
+    refuse({"rsvd", "seeds"}, "is " + described(seeds) + "; it must be int64 on the CPU, one for each of " +
+                                  std::to_string(all.size()) + " matrices");
+  }
   const Outputs out = outputs_for(from, from, rank);
   for (size_t n = 0; n < all.size();) {
     const ScalarType type = all[n].type;
@@ -152,10 +181,10 @@ Tensors rsvd(Tensors matrices, Tensor seeds, int64_t rank, int64_t oversample, i
 }
 
 Tensors svd_factors(Tensors B, Tensors A, int64_t rank) {
-  STD_TORCH_CHECK(B.size() == A.size(), "svd_factors: ", B.size(), " B and ", A.size(), " A");
+  check_length({"svd_factors", "B"}, B.size(), A.size());
   const Tensors lefts = packed(B), rights = packed(A);
-  const std::vector<Matrix> all_B = all_of(lefts), all_A = all_of(rights);
-  STD_TORCH_CHECK(all_B.size() == all_A.size(), "svd_factors: the stacks of B and A must be equally large");
+  const std::vector<Matrix> all_B = all_of({"svd_factors", "B"}, lefts), all_A = all_of({"svd_factors", "A"}, rights);
+  for (size_t n = 0; n < lefts.size(); ++n) check_factors(static_cast<int64_t>(n), lefts[n], rights[n], rank);
   const Outputs out = outputs_for(lefts, rights, rank);
   for_each(static_cast<int64_t>(all_A.size()), [&](int64_t n) {
     out.status[n] = decompose_product(all_B[n], all_A[n], out.triples[n]);

@@ -2,8 +2,6 @@
 // rounds over all of them. The first makes the bases, which nobody has yet, and finds what isn't finite in A and B;
 // only if all is well does the second change what is merged.
 
-#include <torch/headeronly/util/Exception.h>
-
 #include <algorithm>
 #include <cstring>
 
@@ -25,15 +23,21 @@ void* place_of(const Tensor& merged, const Tensor& A) {
 }  // namespace
 
 Tensor task_boundary_(Tensors merged_A, Tensors merged_B, Tensors Q, Tensors A, Tensors B, Tensor weight) {
-  STD_TORCH_CHECK(
-      merged_A.size() == A.size() && merged_B.size() == B.size() && A.size() == B.size() && Q.size() == A.size(),
-      "task_boundary_: all lists must have one length");
-  const Merge merge(merged_B, B, weight);
+  const char* op = "task_boundary_";
+  check_length({op, "merged_A"}, merged_A.size(), A.size());
+  check_length({op, "B"}, B.size(), A.size());
+  check_length({op, "Q"}, Q.size(), A.size());
+  const Merge merge({op, "merged_B"}, merged_B, {op, "B"}, B, weight);
+  for (size_t n = 0; n < A.size(); ++n) {
+    const Argument into{op, "merged_A", static_cast<int64_t>(n)};
+    check_matrix({op, "A", into.at}, A[n], -1, -1);
+    check_matrix(into, merged_A[n], A[n].size(0), A[n].size(1));
+    check_writable(into, merged_A[n]);
+  }
   const Tensors from = packed(A);
-  const auto matrices = matrices_of(from, "task_boundary_");
-  const auto bases = results_for(matrices, Q, "task_boundary_");
+  const auto matrices = matrices_of({op, "A"}, from);
+  const auto bases = results_for(matrices, Q, op);
   const int64_t layers = static_cast<int64_t>(matrices.size()), pieces = merge.pieces();
-  STD_TORCH_CHECK(layers == static_cast<int64_t>(A.size()), "task_boundary_: every A must be one matrix [r, d]");
   const Tensor status = empty({2 * layers}, ScalarType::Int);
   int32_t* found = static_cast<int32_t*>(status.mutable_data_ptr());
 
@@ -55,7 +59,7 @@ Tensor task_boundary_(Tensors merged_A, Tensors merged_B, Tensors Q, Tensors A, 
     for_each(layers + pieces, [&](int64_t n) {
       if (n >= layers) return merge.run(n - layers);
       if (void* place = place_of(merged_A[n], from[n])) {
-        std::memcpy(place, matrices[n].data, from[n].numel() * element_size(matrices[n].type));
+        std::memmove(place, matrices[n].data, from[n].numel() * element_size(matrices[n].type));
       }
     });
     merge.finish();

@@ -50,8 +50,8 @@ def in_branch_dtype(tensor: Tensor, branch: Branch) -> Tensor:
 
 
 def rows(tensor: Tensor) -> Tensor:
-    """``[..., n]`` as the matrix ``[rows, n]``."""
-    return tensor if tensor.dim() == 2 else tensor.reshape(-1, tensor.shape[-1])
+    """``[..., n]`` as the matrix ``[rows, n]``, n of zero included."""
+    return tensor if tensor.dim() == 2 else tensor.reshape(tensor.shape[:-1].numel(), tensor.shape[-1])
 
 
 def route(h: Tensor, gate: Tensor | None, mix: Tensor | None) -> tuple[Tensor, Tensor]:
@@ -77,7 +77,7 @@ def add_branch_(y: Tensor, h: Tensor, branch: Branch) -> None:
     """``y += s z B̂ᵀ`` for y ``[..., d_out]``, contiguous."""
     z = route(h, branch.gate, branch.mix)[1]
     B = effective_B(branch.B, branch.merged_B, branch.merge_weight)
-    add_product_(y.view(-1, y.shape[-1]), rows(z), B.t(), branch.scale)
+    add_product_(rows(y), rows(z), B.t(), branch.scale)
 
 
 def branch_backward(

@@ -31,7 +31,8 @@ class NativeStatus(NamedTuple):
 
     ``kernels`` says what of this processor they use, such as ``"AVX-512, native bf16, fp32 on AMX"``, or ``"AVX2, own
     products"`` where mbf multiplies matrices by loops of its own.
-    ``ATEN_CPU_CAPABILITY`` and ``ONEDNN_MAX_CPU_ISA``, set before mbf is imported, hold them to less.
+    ``ATEN_CPU_CAPABILITY`` and ``ONEDNN_MAX_CPU_ISA``, set before mbf is imported, hold them to less, and
+    ``MBF_NATIVE`` names another build of the extension to load.
     """
 
     loaded: bool
@@ -43,7 +44,8 @@ class NativeStatus(NamedTuple):
 def _load_native() -> NativeStatus:
     if os.environ.get("MBF_NO_NATIVE", "") not in ("", "0"):
         return NativeStatus(False, None, "switched off by MBF_NO_NATIVE")
-    candidates = sorted(Path(__file__).resolve().parents[1].glob("_C*.so"))
+    named = os.environ.get("MBF_NATIVE", "")
+    candidates = [Path(named)] if named else sorted(Path(__file__).resolve().parents[1].glob("_C*.so"))
     if not candidates:
         return NativeStatus(False, None, "not built: the install found no working C++ compiler, or MBF_BUILD_CPU=0")
     try:
@@ -75,11 +77,32 @@ def define(
     Where triton is absent, or there is no ``gpu``, ``cuda`` is called in its place.
     """
     name = schema.split("(", 1)[0]
+    refuse = _refusing(schema)
     LIBRARY.define(schema, tags=(torch.Tag.pt2_compliant_tag,))
     LIBRARY.impl(name, reference, "CompositeExplicitAutograd")
+    for key in _NOT_STRIDED:
+        LIBRARY.impl(name, refuse, key)
     torch.library.register_fake(f"mbf::{name}", fake, lib=LIBRARY)
     if gpu is not None or cuda is not None:
         serve(LIBRARY, name, gpu, reference, cuda)
+
+
+# Tensors of these have no strides, and nothing here is computed from them.
+_NOT_STRIDED = ("SparseCPU", "SparseCUDA", "SparseCsrCPU", "SparseCsrCUDA", "MkldnnCPU")
+
+
+def _refusing(schema: str) -> Callable[..., Any]:
+    """The kernel for tensors without strides: a TypeError that names the argument."""
+
+    def refuse(*inputs: Any) -> Any:
+        arguments = torch._C.parse_schema(f"mbf::{schema}").arguments
+        for argument, value in zip(arguments, inputs, strict=False):
+            for tensor in value if isinstance(value, (list, tuple)) else (value,):
+                if isinstance(tensor, torch.Tensor) and tensor.layout is not torch.strided:
+                    raise TypeError(f"{argument.name}: is {tensor.layout}; pass its to_dense()")
+        raise TypeError(f"mbf::{schema.split('(', 1)[0]}: a tensor without strides; pass its to_dense()")
+
+    return refuse
 
 
 def reference_only() -> bool:

@@ -7,6 +7,7 @@ from typing import NamedTuple, TypeVar
 import torch
 from torch import Tensor
 
+from mbf.ops._inputs import FLOATS, finite
 from mbf.ops.philox import check_p, draw_seed, keep_scale, seed_tensor, threshold
 
 MaybeTensor = TypeVar("MaybeTensor", Tensor, "Tensor | None")
@@ -90,8 +91,12 @@ def prepare(
                 f"scale has shape {list(scale.shape)}; it must be a float or a 0-d tensor. "
                 "A factor that differs between rows or ranks is a gate"
             )
+        if not scale.dtype.is_floating_point:
+            raise TypeError(f"scale is a {scale.dtype} tensor; it must be floating-point")
         gate = scale if gate is None else gate * scale
         scale = 1.0
+    elif scale.__class__ is not float or scale - scale != 0.0:  # as NaN and infinity do
+        scale = finite(scale, "scale")
     if gate is not None:
         _check_gate(gate, x, A)
     if mix is not None and (mix.shape != (A.shape[0], A.shape[0]) or mix.device != x.device):
@@ -99,6 +104,8 @@ def prepare(
             f"mix has shape {list(mix.shape)} on {mix.device}; it must be [r, r] = [{A.shape[0]}, {A.shape[0]}] "
             f"on {x.device}"
         )
+    if mix is not None and mix.dtype not in FLOATS:
+        raise TypeError(f"mix is {mix.dtype}; it must be floating-point: pass mix.to(A.dtype)")
     if merged_B is not None or merge_weight is not None:
         merge_weight = _checked_weight(B, merged_B, merge_weight)
     if dropout_p == 0.0:
@@ -108,7 +115,7 @@ def prepare(
         seed = draw_seed(x.device) if seed is None else seed_tensor(seed, x.device)
         if seed.device != x.device:
             raise ValueError(f"seed is on {seed.device} but x on {x.device}; move it there, or pass an int")
-    return Branch(A, B, float(scale), gate, mix, float(dropout_p), seed, merged_B, merge_weight)
+    return Branch(A, B, scale, gate, mix, float(dropout_p), seed, merged_B, merge_weight)
 
 
 def _check_factors(x: Tensor, A: Tensor, B: Tensor) -> None:
@@ -117,14 +124,14 @@ def _check_factors(x: Tensor, A: Tensor, B: Tensor) -> None:
         raise ValueError(f"A has shape {list(shape_A)} and x {list(x.shape)}; they must be [r, d_in] and [..., d_in]")
     if len(shape_B) != 2 or shape_B[1] != shape_A[0]:
         raise ValueError(f"B has shape {list(shape_B)} and A {list(shape_A)}; they must be [d_out, r] and [r, d_in]")
-    if dtype is not B.dtype or not dtype.is_floating_point:
+    if dtype is not B.dtype or dtype not in FLOATS:
         raise TypeError(f"A is {dtype} and B {B.dtype}; they must have one floating-point dtype: the branch's")
     if A.device != device or B.device != device:
         raise ValueError(f"x is on {device}, A on {A.device}, B on {B.device}; move them to one device")
 
 
 def _check_gate(gate: Tensor, x: Tensor, A: Tensor) -> None:
-    if not gate.dtype.is_floating_point:
+    if gate.dtype not in FLOATS:
         raise TypeError(f"gate is {gate.dtype}; it must be floating-point: pass gate.to(A.dtype)")
     if gate.dim() == 0:
         return
@@ -146,7 +153,11 @@ def _checked_weight(B: Tensor, merged_B: Tensor | None, merge_weight: float | Te
             f"{B.dtype} {list(B.shape)} on {B.device}"
         )
     if not isinstance(merge_weight, Tensor):
+        if not torch.compiler.is_compiling():
+            merge_weight = finite(merge_weight, "merge_weight")
         return torch.tensor(merge_weight, dtype=torch.float64)
     if merge_weight.dim() != 0:
         raise ValueError(f"merge_weight has shape {list(merge_weight.shape)}; it must be a float or a 0-d tensor")
+    if not merge_weight.dtype.is_floating_point:
+        raise TypeError(f"merge_weight is a {merge_weight.dtype} tensor; it must be floating-point")
     return merge_weight

@@ -100,6 +100,8 @@ def orthonormal_rows(A: Tensor | Sequence[Tensor]) -> Tensor | list[Tensor]:
     """
     if isinstance(A, Tensor):
         return _orthonormal_rows([A], ["A"])[0]
+    if not isinstance(A, (list, tuple)):
+        raise TypeError(f"A: got {type(A).__name__}; pass a tensor or a list of tensors")
     return _orthonormal_rows(list(A), [f"A[{n}]" for n in range(len(A))])
 
 

@@ -9,6 +9,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from mbf.ops._autograd import differentiable
+from mbf.ops._inputs import FLOATS, wrong_type
 from mbf.ops._library import define, native_status, reference_only
 from mbf.ops._operands import autocast_to, autocasts
 
@@ -73,10 +74,13 @@ def frozen_linear(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tens
         ValueError: a shape that does not fit, or a weight or bias that requires a gradient.
         TypeError: a dtype or device that differs from x's.
     """
-    if autocasts(x):
-        x, weight = autocast_to(x.device, x, weight)
-        (bias,) = autocast_to(x.device, bias)
-    _check(x, weight, bias)
+    try:
+        if autocasts(x):
+            x, weight = autocast_to(x.device, x, weight)
+            (bias,) = autocast_to(x.device, bias)
+        _check(x, weight, bias)
+    except AttributeError as error:
+        raise wrong_type(error, {"bias": bias}, x=x, weight=weight) from None
     return frozen_linear_ref(x, weight, bias) if reference_only() else _enter(x, weight, bias)
 
 
@@ -111,5 +115,5 @@ def _check(x: Tensor, weight: Tensor, bias: Tensor | None) -> None:
                 f"{name} requires a gradient, which frozen_linear does not compute; freeze it with "
                 f"{name}.requires_grad_(False), or call torch.nn.functional.linear"
             )
-    if not x.dtype.is_floating_point:
-        raise TypeError(f"x is {x.dtype}; it must be floating-point")
+    if x.dtype not in FLOATS:
+        raise TypeError(f"x is {x.dtype}; it must be floating-point: fp64, fp32, bf16 or fp16")

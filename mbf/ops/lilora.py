@@ -27,8 +27,10 @@ from torch.nn import functional as F
 from mbf.ops import _branch
 from mbf.ops._autograd import differentiable
 from mbf.ops._gpu import entrance
+from mbf.ops._inputs import finite, wrong_type
 from mbf.ops._library import define, reference_only
 from mbf.ops._operands import Branch, autocast_to, autocasts, prepare
+from mbf.ops.lora_accumulate import check_output
 from mbf.ops.lora_linear import LoraTerms
 from mbf.ops.philox import drop, dropout
 
@@ -108,11 +110,6 @@ def _wide(number: Tensor) -> Tensor:
     return number.to(torch.promote_types(number.dtype, torch.float32))
 
 
-def _rows(tensor: Tensor) -> Tensor:
-    """``[..., n]`` as the matrix ``[rows, n]``, n of zero included."""
-    return tensor if tensor.dim() == 2 else tensor.reshape(tensor.shape[:-1].numel(), tensor.shape[-1])
-
-
 def _worth_joining(rows: int, operands: Operands) -> bool:
     """Whether one product with (B, Eb) pays for copying the two into one tensor, which BLAS wants them to be.
 
@@ -139,7 +136,7 @@ def _forward(y: Tensor, x: Tensor, *inputs: Any) -> tuple[Tensor, Tensor]:
     out = y.clone(memory_format=torch.contiguous_format)
     h = _branch.project(x, operands.branch)
     if out.numel():
-        _add_expanded_(_rows(out), _rows(h), operands)
+        _add_expanded_(_branch.rows(out), _branch.rows(h), operands)
     return out, h
 
 
@@ -149,7 +146,7 @@ def _backward(dy: Tensor, h: Tensor, x: Tensor | None, *inputs: Any) -> tuple[Te
     _, B, Ea, Eb, weight, scale, *_ = operands
     need_x, need_A, need_B, need_Ea, need_Eb, need_weight, need_scale = needs
     a, b = operands.factors()
-    g, h = _rows(_branch.in_branch_dtype(dy, branch)), _rows(h)
+    g, h = _branch.rows(_branch.in_branch_dtype(dy, branch)), _branch.rows(h)
     dx = dA = dB = dEa = dEb = dweight = dscale = None
     joined = _worth_joining(g.shape[0], operands)
 
@@ -179,7 +176,7 @@ def _backward(dy: Tensor, h: Tensor, x: Tensor | None, *inputs: Any) -> tuple[Te
             keep = _branch.mask(branch, dy.shape[:-1], dy.device)
             if need_A and x is not None:
                 dropped = drop(_branch.in_branch_dtype(x, branch), keep, operands.dropout_p)
-                dA = dh.t() @ _rows(dropped)
+                dA = dh.t() @ _branch.rows(dropped)
             if need_x:
                 dx = drop((dh @ operands.A).view(*dy.shape[:-1], operands.A.shape[1]), keep, operands.dropout_p)
                 dx = dx.to(dy.dtype if x is None else x.dtype)
@@ -281,14 +278,14 @@ def lilora_accumulate(
         ValueError: a shape, device or value that does not fit; the message says which and what would.
         TypeError: a dtype that does not.
     """
-    if autocasts(x):
-        x, A, B, Ea, Eb = autocast_to(x.device, x, A, B, Ea, Eb)
-    prepared = prepare(x, A, B, 1.0, None, None, dropout_p, seed, None, None)
-    _check_inner(x, A, B, Ea, Eb)
-    if y.shape != (*x.shape[:-1], B.shape[0]):
-        raise ValueError(f"y has shape {list(y.shape)}; it must be {[*x.shape[:-1], B.shape[0]]}, as x and B say")
-    if y.device != x.device or not y.dtype.is_floating_point:
-        raise ValueError(f"y is {y.dtype} on {y.device}; it must be floating-point and on {x.device}, where x is")
+    try:
+        if autocasts(x):
+            x, A, B, Ea, Eb = autocast_to(x.device, x, A, B, Ea, Eb)
+        prepared = prepare(x, A, B, 1.0, None, None, dropout_p, seed, None, None)
+        _check_inner(x, A, B, Ea, Eb)
+        check_output(y, x, B)
+    except AttributeError as error:
+        raise wrong_type(error, y=y, x=x, A=A, B=B, Ea=Ea, Eb=Eb) from None
     weight, scale = _number("weight", weight, A), _number("scale", scale, A)
     operands = Operands(A, B, Ea, Eb, weight, scale, prepared.dropout_p, prepared.seed)
     if reference_only():
@@ -327,4 +324,4 @@ def _number(name: str, value: float | Tensor, like: Tensor) -> Tensor:
         return value
     if torch.compiler.is_compiling():
         return like.new_ones((), dtype=torch.promote_types(like.dtype, torch.float32)) * value
-    return torch.tensor(value, dtype=torch.float64)
+    return torch.tensor(finite(value, name), dtype=torch.float64)

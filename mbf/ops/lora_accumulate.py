@@ -10,6 +10,7 @@ from torch import Tensor
 from mbf.ops import _branch
 from mbf.ops._autograd import differentiable
 from mbf.ops._gpu import by_cuda, entrance
+from mbf.ops._inputs import FLOATS, wrong_type
 from mbf.ops._library import define, reference_only
 from mbf.ops._operands import SCHEMA, Branch, autocast_to, autocasts, prepare
 from mbf.ops.philox import dropout
@@ -123,6 +124,16 @@ _backward_operator = entrance("lora_accumulate_backward")
 _enter = differentiable("lora_accumulate", _setup_context, _autograd_backward)
 
 
+def check_output(y: Tensor, x: Tensor, B: Tensor) -> None:
+    """Raise TypeError or ValueError unless the branch from x by ``B [d_out, r]`` can be added to y."""
+    if y.shape != (*x.shape[:-1], B.shape[0]):
+        raise ValueError(f"y has shape {list(y.shape)}; it must be {[*x.shape[:-1], B.shape[0]]}, as x and B say")
+    if y.device != x.device or y.dtype not in FLOATS:
+        raise ValueError(f"y is {y.dtype} on {y.device}; it must be floating-point and on {x.device}, where x is")
+    if x.dtype not in FLOATS:
+        raise TypeError(f"x is {x.dtype}; it must be fp64, fp32, bf16 or fp16")
+
+
 # -- the face ----------------------------------------------------------------------------------------------------------
 
 
@@ -150,14 +161,14 @@ def lora_accumulate(
 
     The other arguments and the errors are those of ``lora_linear``.
     """
-    if autocasts(x):
-        x, A, B = autocast_to(x.device, x, A, B)
-        (merged_B,) = autocast_to(x.device, merged_B)
-    branch = prepare(x, A, B, scale, gate, mix, dropout_p, seed, merged_B, merge_weight)
-    if y.shape != (*x.shape[:-1], B.shape[0]):
-        raise ValueError(f"y has shape {list(y.shape)}; it must be {[*x.shape[:-1], B.shape[0]]}, as x and B say")
-    if y.device != x.device or not y.dtype.is_floating_point:
-        raise ValueError(f"y is {y.dtype} on {y.device}; it must be floating-point and on {x.device}, where x is")
+    try:
+        if autocasts(x):
+            x, A, B = autocast_to(x.device, x, A, B)
+            (merged_B,) = autocast_to(x.device, merged_B)
+        branch = prepare(x, A, B, scale, gate, mix, dropout_p, seed, merged_B, merge_weight)
+        check_output(y, x, B)
+    except AttributeError as error:
+        raise wrong_type(error, {"gate": gate, "mix": mix, "merged_B": merged_B}, y=y, x=x, A=A, B=B) from None
     if reference_only():
         return lora_accumulate_ref(y, x, **branch._asdict())
     return _enter(y, x, *branch)

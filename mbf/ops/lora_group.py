@@ -18,6 +18,7 @@ from torch.nn import functional as F
 from mbf.ops import _branch
 from mbf.ops._composed import GRADIENTS, composed_backward, composed_forward
 from mbf.ops._gpu import entrance, with_cuda
+from mbf.ops._inputs import wrong_type
 from mbf.ops._library import define, reference_only
 from mbf.ops._operands import Branch, autocast_to, autocasts, prepare
 from mbf.ops.lora_linear import LoraTerms, _check_base, lora_linear, lora_linear_ref
@@ -310,18 +311,24 @@ def lora_group(x: Tensor, layers: Sequence[GroupLayer]) -> tuple[Tensor, ...]:
     """
     if not layers:
         raise ValueError("layers is empty; pass one GroupLayer or more")
-    names = [f"layers[{n}]" for n in range(len(layers))]
-    for name, layer in zip(names, layers, strict=True):
-        check_frozen(name, layer)
+    try:
+        names = [f"layers[{n}]" for n in range(len(layers))]
+        for name, layer in zip(names, layers, strict=True):
+            check_frozen(name, layer)
+    except (AttributeError, TypeError) as error:
+        raise wrong_layer(error, "layers", layers) from None
     if torch.compiler.is_compiling():
         return tuple(linear(x, layer) for layer in layers)
-    if autocasts(x):
-        (x,) = autocast_to(x.device, x)
-        layers = [autocast_layer(x.device, layer) for layer in layers]
-    given = operands(
-        ((layer.weight, layer.bias) for layer in layers),
-        [checked(name, x, layer) for name, layer in zip(names, layers, strict=True)],
-    )
+    try:
+        if autocasts(x):
+            (x,) = autocast_to(x.device, x)
+            layers = [autocast_layer(x.device, layer) for layer in layers]
+        given = operands(
+            ((layer.weight, layer.bias) for layer in layers),
+            [checked(name, x, layer) for name, layer in zip(names, layers, strict=True)],
+        )
+    except AttributeError as error:
+        raise wrong_types(error, names, layers, x=x) from None
     if reference_only():
         return lora_group_ref(x, as_layers(given))
     if torch.is_grad_enabled():
@@ -354,6 +361,32 @@ def check_frozen(name: str, layer: GroupLayer) -> None:
             )
 
 
+def wrong_layer(error: Exception, name: str, layers: Any) -> Exception:
+    """What to raise where ``check_frozen`` ran into ``error``: which of ``layers`` is no ``GroupLayer``."""
+    if not isinstance(layers, (list, tuple)):
+        return TypeError(f"{name}: got {type(layers).__name__}; pass a list of GroupLayer")
+    for n, layer in enumerate(layers):
+        if not isinstance(layer, GroupLayer):
+            return TypeError(f"{name}[{n}]: got {type(layer).__name__}; pass a GroupLayer")
+    return wrong_types(error, [f"{name}[{n}]" for n in range(len(layers))], layers)
+
+
+def wrong_types(error: Exception, names: Sequence[str], layers: Sequence[GroupLayer], **tensors: Any) -> Exception:
+    """What to raise where a check of these layers ran into ``error``; see ``_inputs.wrong_type``."""
+    optional: dict[str, Any] = {}
+    for name, layer in zip(names, layers, strict=True):
+        if not isinstance(layer.terms, LoraTerms):
+            return _wrong_terms(name, layer)
+        tensors |= {f"{name}: weight": layer.weight, f"{name}: A": layer.terms.A, f"{name}: B": layer.terms.B}
+        optional[f"{name}: bias"] = layer.bias
+        optional |= {f"{name}: {part}": getattr(layer.terms, part) for part in ("gate", "mix", "merged_B")}
+    return wrong_type(error, optional, **tensors)
+
+
+def _wrong_terms(name: str, layer: GroupLayer) -> TypeError:
+    return TypeError(f"{name}: terms: got {type(layer.terms).__name__}; pass LoraTerms")
+
+
 def checked(name: str, x: Tensor, layer: GroupLayer) -> Branch:
     """The layer's branch as the operators take it; errors begin with the layer's name."""
     try:
@@ -361,6 +394,8 @@ def checked(name: str, x: Tensor, layer: GroupLayer) -> Branch:
         branch = prepare(x, A, B, scale, gate, mix, layer.dropout_p, layer.seed, merged_B, merge_weight)
         _check_base(x, layer.weight, layer.bias, B)
     except (TypeError, ValueError) as error:
+        if not isinstance(layer.terms, LoraTerms):
+            raise _wrong_terms(name, layer) from None
         raise type(error)(f"{name}: {error}") from None
     return branch
 

@@ -10,6 +10,7 @@ from torch.nn import functional as F
 from mbf.ops import _branch
 from mbf.ops._autograd import differentiable
 from mbf.ops._gpu import by_cuda, entrance
+from mbf.ops._inputs import FLOATS, wrong_type
 from mbf.ops._library import define, reference_only
 from mbf.ops._operands import SCHEMA, Branch, autocast_to, autocasts, prepare
 from mbf.ops.lora_accumulate import lora_accumulate, lora_accumulate_ref
@@ -182,26 +183,32 @@ def lora_linear(
         ValueError: a shape, device or value that does not fit; the message says which and what would.
         TypeError: a dtype that does not.
     """
-    if autocasts(x):
-        x, weight, A, B = autocast_to(x.device, x, weight, A, B)
-        bias, merged_B = autocast_to(x.device, bias, merged_B)
-    branch = prepare(x, A, B, scale, gate, mix, dropout_p, seed, merged_B, merge_weight)
-    _check_base(x, weight, bias, B)
+    try:
+        if autocasts(x):
+            x, weight, A, B = autocast_to(x.device, x, weight, A, B)
+            bias, merged_B = autocast_to(x.device, bias, merged_B)
+        branch = prepare(x, A, B, scale, gate, mix, dropout_p, seed, merged_B, merge_weight)
+        _check_base(x, weight, bias, B)
+    except AttributeError as error:
+        optional = {"bias": bias, "gate": gate, "mix": mix, "merged_B": merged_B}
+        raise wrong_type(error, optional, x=x, weight=weight, A=A, B=B) from None
     if reference_only():
         return lora_linear_ref(x, weight, bias=bias, **branch._asdict())
     return _enter(x, weight, bias, *branch)
 
 
 def _check_base(x: Tensor, weight: Tensor, bias: Tensor | None, B: Tensor) -> None:
-    shape = weight.shape
+    shape, dtype = weight.shape, weight.dtype
     if len(shape) != 2 or shape[0] != B.shape[0] or shape[1] != x.shape[-1]:
         raise ValueError(
             f"weight has shape {list(shape)}; with B {list(B.shape)} and x {list(x.shape)} it must be "
             f"[d_out, d_in] = [{B.shape[0]}, {x.shape[-1]}]"
         )
-    if weight.dtype is not x.dtype or weight.device != x.device:
+    if dtype is not x.dtype or dtype not in FLOATS or weight.device != x.device:
+        if dtype is x.dtype and dtype not in FLOATS:
+            raise TypeError(f"x is {dtype}; it must be fp64, fp32, bf16 or fp16, and weight likewise")
         raise TypeError(
-            f"weight is {weight.dtype} on {weight.device} but x {x.dtype} on {x.device}; convert one of them, or "
+            f"weight is {dtype} on {weight.device} but x {x.dtype} on {x.device}; convert one of them, or "
             "compute under torch.autocast"
         )
     if bias is not None and (bias.shape != shape[:1] or bias.dtype != x.dtype or bias.device != x.device):

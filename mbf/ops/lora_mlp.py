@@ -42,6 +42,7 @@ from mbf.ops.lora_group import (
     operands,
     save,
     saved,
+    wrong_types,
 )
 
 Activation = Literal["silu", "gelu_tanh"]
@@ -223,23 +224,36 @@ def lora_mlp(
             does not fit; the message says in which layer, and what would.
         TypeError: a dtype that does not.
     """
-    if activation not in _ACTIVATIONS:
+    if not isinstance(activation, str) or activation not in _ACTIVATIONS:
         raise ValueError(f"activation {activation!r} is unknown; choose one of {', '.join(map(repr, _ACTIVATIONS))}")
     layers: Sequence[GroupLayer] = (gate, up, down)
-    for name, layer in zip(_LAYERS, layers, strict=True):
-        check_frozen(name, layer)
+    try:
+        for name, layer in zip(_LAYERS, layers, strict=True):
+            check_frozen(name, layer)
+    except AttributeError as error:
+        raise _wrong_layer(error, layers) from None
     if torch.compiler.is_compiling():
         act, _ = _ACTIVATIONS[activation]
         return linear(act(linear(x, gate)) * linear(x, up), down)
-    if autocasts(x):
-        (x,) = autocast_to(x.device, x)
-        layers = [autocast_layer(x.device, layer) for layer in layers]
-    given = _operands(x, layers)
+    try:
+        if autocasts(x):
+            (x,) = autocast_to(x.device, x)
+            layers = [autocast_layer(x.device, layer) for layer in layers]
+        given = _operands(x, layers)
+    except AttributeError as error:
+        raise wrong_types(error, _LAYERS, layers, x=x) from None
     if reference_only():
         return lora_mlp_ref(x, *as_layers(given), activation=activation)
     if torch.is_grad_enabled():
         return apply(LoraMlp, x, given, activation, recompute, *given.differentiable)
     return _below_autograd(x, given, activation, True)[0]
+
+
+def _wrong_layer(error: AttributeError, layers: Sequence[Any]) -> Exception:
+    for name, layer in zip(_LAYERS, layers, strict=True):
+        if not isinstance(layer, GroupLayer):
+            return TypeError(f"{name}: got {type(layer).__name__}; pass a GroupLayer")
+    return wrong_types(error, _LAYERS, layers)
 
 
 def _operands(x: Tensor, layers: Sequence[GroupLayer]) -> Operands:

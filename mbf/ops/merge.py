@@ -2,16 +2,16 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Callable, Sequence
 from typing import Any, Literal, NamedTuple, overload
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from mbf.ops._gpu import in_cuda
-from mbf.ops._inputs import FLOATS, by_device, check_floating
+from mbf.ops._inputs import FLOATS, by_device, check_dense, check_floating, finite
 from mbf.ops._library import define, reference_only
+from mbf.ops._overlap import check_apart
 
 
 def merge_ref_(merged: Sequence[Tensor], finetuned: Sequence[Tensor], weight: Tensor) -> None:
@@ -94,11 +94,11 @@ def merge_(
 
     Raises:
         TypeError: for anything but floating tensors of the dtypes above.
-        ValueError: when lengths, shapes or devices differ, two of ``merged`` are the same memory, or λ is not 0-d or
-            not finite. Nothing is changed then.
+        ValueError: when lengths, shapes or devices differ, tensors share memory as they may not, or λ is not 0-d or not
+            finite. Nothing is changed then.
     """
     check_pairs(merged, finetuned)
-    check_distinct(merged)
+    check_apart(merged, finetuned)
     weight = weight_tensor(weight)
     groups = by_device(merged)
     squares: list[Tensor] = []
@@ -145,8 +145,8 @@ def weight_tensor(weight: float | Tensor) -> Tensor:
                 "tensor"
             )
         return weight.detach().to(torch.float64)
-    if not torch.compiler.is_compiling() and not math.isfinite(weight):
-        raise ValueError(f"weight: got {weight}; λ must be finite")
+    if not torch.compiler.is_compiling():
+        weight = finite(weight, "weight")
     return torch.full((), weight, dtype=torch.float64)
 
 
@@ -159,7 +159,7 @@ def check_pairs(
 
 
 def _fit(merged: Sequence[Tensor], finetuned: Sequence[Tensor]) -> bool:
-    if isinstance(merged, Tensor) or isinstance(finetuned, Tensor) or len(merged) != len(finetuned):
+    if not _is_list(merged) or not _is_list(finetuned) or len(merged) != len(finetuned):
         return False
     return all(
         isinstance(M, Tensor)
@@ -168,16 +168,24 @@ def _fit(merged: Sequence[Tensor], finetuned: Sequence[Tensor]) -> bool:
         and F.dtype in FLOATS
         and M.shape == F.shape
         and M.device == F.device
+        and M.layout is F.layout is torch.strided
         for M, F in zip(merged, finetuned, strict=True)
     )
+
+
+def _is_list(tensors: Sequence[Tensor]) -> bool:
+    return isinstance(tensors, (list, tuple, nn.ParameterList))
 
 
 def _complain(merged: Sequence[Tensor], finetuned: Sequence[Tensor], into: str, source: str) -> None:
     for argument, tensors in ((into, merged), (source, finetuned)):
         if isinstance(tensors, Tensor):
             raise TypeError(f"{argument}: got one tensor; pass a list of tensors, [{argument}]")
+        if not _is_list(tensors):
+            raise TypeError(f"{argument}: got {type(tensors).__name__}; pass a list of tensors")
         for n, tensor in enumerate(tensors):
             check_floating(tensor, f"{argument}[{n}]")
+            check_dense(tensor, f"{argument}[{n}]")
     if len(merged) != len(finetuned):
         raise ValueError(f"{into} has {len(merged)} tensors and {source} has {len(finetuned)}; pass them in pairs")
     for n, (M, F) in enumerate(zip(merged, finetuned, strict=True)):
@@ -185,13 +193,3 @@ def _complain(merged: Sequence[Tensor], finetuned: Sequence[Tensor], into: str, 
             raise ValueError(f"{source}[{n}]: got shape {tuple(F.shape)}; {into}[{n}] has {tuple(M.shape)}")
         if M.device != F.device:
             raise ValueError(f"{source}[{n}]: is on {F.device}; move it to {M.device}, where {into}[{n}] is")
-
-
-def check_distinct(merged: Sequence[Tensor]) -> None:
-    """Raise ValueError where two tensors begin at the same memory."""
-    if torch.compiler.is_compiling():
-        return
-    first: dict[int, int] = {}
-    for n, M in enumerate(merged):
-        if M.numel() and first.setdefault(M.data_ptr(), n) != n:
-            raise ValueError(f"merged[{n}]: is the same memory as merged[{first[M.data_ptr()]}]; pass it once")

@@ -32,7 +32,7 @@ from torch.nn import functional as F
 from mbf.ops import _branch
 from mbf.ops._autograd import differentiable
 from mbf.ops._gpu import entrance
-from mbf.ops._inputs import check_floating
+from mbf.ops._inputs import check_floating, finite, whole, wrong_type
 from mbf.ops._library import define, reference_only
 from mbf.ops._operands import autocast_to, autocasts
 from mbf.ops.philox import check_p, draw_seed, drop, keep_mask, keep_scale, seed_tensor, threshold
@@ -59,9 +59,12 @@ def mora_size(d_out: int, d_in: int, r: int, kind: int = ROTATION) -> int:
     For kind 6 it is rounded down to an even number, of at least 2 (ours).
 
     Raises:
-        ValueError: a kind that there isn't.
+        ValueError: a kind that there isn't, or a negative size.
+        TypeError: a size that is no int.
     """
     _check_kind(kind)
+    for name, size in (("d_out", d_out), ("d_in", d_in), ("r", r)):
+        whole(size, name)
     q = math.floor(math.sqrt((d_out + d_in) * r) + 0.5)
     return max(2, q - q % 2) if kind == ROTATION else q
 
@@ -307,16 +310,23 @@ def mora_accumulate(
         ValueError: a shape, device or value that does not fit; the message says which and what would.
         TypeError: a dtype that does not.
     """
-    if autocasts(x):
-        x, M = autocast_to(x.device, x, M)
-    _check(y, x, M, kind)
+    try:
+        if autocasts(x):
+            x, M = autocast_to(x.device, x, M)
+        _check(y, x, M, kind)
+    except AttributeError as error:
+        raise wrong_type(error, y=y, x=x, M=M) from None
     if torch.compiler.is_compiling() and not isinstance(scale, Tensor):
         # An operator's float is a constant of its graph; see ``_operands.prepare``.
         scale = M.new_ones((), dtype=torch.promote_types(M.dtype, torch.float32)) * scale
     if isinstance(scale, Tensor):
         if scale.dim() != 0:
             raise ValueError(f"scale has shape {list(scale.shape)}; it must be a float or a 0-d tensor")
+        if not scale.dtype.is_floating_point:
+            raise TypeError(f"scale is a {scale.dtype} tensor; it must be floating-point")
         M, scale = (M * scale).to(M.dtype), 1.0
+    elif scale.__class__ is not float or scale - scale != 0.0:  # as NaN and infinity do
+        scale = finite(scale, "scale")
     if dropout_p == 0.0:
         seed = None
     else:
@@ -326,7 +336,7 @@ def mora_accumulate(
             raise ValueError(f"seed is on {seed.device} but x on {x.device}; move it there, or pass an int")
     if reference_only():
         return mora_accumulate_ref(y, x, M, kind=kind, scale=scale, dropout_p=dropout_p, seed=seed)
-    return _enter(y, x, M, kind, float(scale), float(dropout_p), seed)
+    return _enter(y, x, M, kind, scale, float(dropout_p), seed)
 
 
 def _check_kind(kind: int) -> None:

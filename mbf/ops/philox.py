@@ -113,10 +113,23 @@ def dropout_mask(seed: int | Tensor, shape: Sequence[int], p: float) -> Tensor:
         Bool tensor of ``shape``, True where an element is kept.
 
     Raises:
-        ValueError: p out of range, or a seed that is neither a 64-bit integer nor a 0-d int64 tensor.
+        ValueError: p out of range, a size below 0, or a seed that is neither a 64-bit integer nor a 0-d int64 tensor.
+        TypeError: a seed, p or shape of another type.
     """
     check_p(p)
-    return _mask(seed_tensor(seed, "cpu"), shape, p)
+    key = seed_tensor(seed, "cpu")
+    try:
+        return _mask(key, shape, p)
+    except (RuntimeError, TypeError):
+        _check_shape(shape)
+        raise
+
+
+def _check_shape(shape: Sequence[int]) -> None:
+    if not isinstance(shape, (list, tuple)) or not all(isinstance(size, (int, torch.SymInt)) for size in shape):
+        raise TypeError(f"shape: got {shape!r}; pass a sequence of ints")
+    if any(size < 0 for size in shape):
+        raise ValueError(f"shape is {list(shape)}; no size can be negative")
 
 
 def keep_mask(shape: Sequence[int], p: float, seed: int | Tensor | None, device: torch.device) -> Tensor | None:
@@ -124,7 +137,7 @@ def keep_mask(shape: Sequence[int], p: float, seed: int | Tensor | None, device:
     if p == 0.0:
         return None
     if seed is None:
-        raise ValueError(f"dropout with p = {p} needs a seed: an int, or what draw_seed(device) gives")
+        raise ValueError(f"dropout with p = {p} needs a seed; pass an int, or what draw_seed(device) gives")
     return _mask(seed_tensor(seed, device), shape, p)
 
 
@@ -154,6 +167,8 @@ def draw_seed(device: torch.device | str) -> Tensor:
 def seed_tensor(seed: int | Tensor, device: torch.device | str) -> Tensor:
     """Return the seed as a 0-d int64 tensor, made on ``device`` if it is an int."""
     if not isinstance(seed, Tensor):
+        if not isinstance(seed, (int, torch.SymInt)):
+            raise TypeError(f"seed: got {type(seed).__name__}; pass an int or a 0-d int64 tensor")
         if not -(2**63) <= seed < 2**63:
             raise ValueError(f"seed is {seed}, which has more than 64 bits; take one in [-2**63, 2**63)")
         return torch.tensor(seed, dtype=torch.int64, device=device)
@@ -166,8 +181,12 @@ def seed_tensor(seed: int | Tensor, device: torch.device | str) -> Tensor:
 
 
 def check_p(p: float) -> None:
-    """Raise ValueError unless p is a probability that does not drop everything."""
-    if not 0.0 <= p < P_END:
+    """Raise TypeError or ValueError unless p is a probability that does not drop everything."""
+    try:
+        allowed = 0.0 <= p < P_END
+    except (TypeError, RuntimeError):
+        raise TypeError(f"dropout_p: got {type(p).__name__}; pass a number") from None
+    if not allowed:
         raise ValueError(
             f"dropout_p is {p}; it must lie in [0, 1 - 2**-17), as it is taken in steps of 2**-16. To switch the "
             "low-rank branch off, pass scale=0.0 instead"

@@ -11,12 +11,13 @@ from torch import Tensor
 
 from mbf.ops import _cuda, _rsvd_cuda
 from mbf.ops._gpu import with_cuda
-from mbf.ops._inputs import by_device, check_matrix
+from mbf.ops._inputs import by_device, check_matrix, whole
 from mbf.ops._library import define, reference_only
 from mbf.ops._status import given_up, matrix_at, status_of
 from mbf.ops.philox import counters, philox_4x32
 
 Factors = tuple[Tensor, Tensor]
+_MOST_ITERATIONS, _MOST_OVERSAMPLE = 1 << 20, 1 << 40  # beyond any use, and far from where sums of sizes overflow
 
 
 class SVD(NamedTuple):
@@ -168,8 +169,8 @@ def rsvd(
         matrix_or_factors: ``[..., m, n]``; or a tuple ``(B [..., m, r], A [..., r, n])`` of one dtype; or a list of
             either, computed in one call; they may differ in shape, dtype and device.
         rank: how many triples, from 1 to min(m, n), for a product min(m, r, n).
-        n_iter: power iterations, each re-orthonormalised.
-        oversample: columns of the sketch beyond ``rank``.
+        n_iter: power iterations, each re-orthonormalised; at most 2²⁰.
+        oversample: columns of the sketch beyond ``rank``; as many as there are where it is more.
         generator: source of the sketch's seeds, one a matrix, on the matrix's device; default: torch's own. They are
             drawn in order, so a list or a stack gives what a loop over it would.
 
@@ -181,8 +182,11 @@ def rsvd(
         ValueError: when shapes, dtypes or devices do not fit, ``rank`` is out of range, or the input holds NaN or
             infinity, with the index in the list.
     """
-    if n_iter < 0 or oversample < 0:
-        raise ValueError(f"n_iter and oversample are {n_iter} and {oversample}; neither can be negative")
+    whole(n_iter, "n_iter", most=_MOST_ITERATIONS)
+    whole(oversample, "oversample", most=_MOST_OVERSAMPLE)
+    whole(rank, "rank", 1)
+    if generator is not None and not isinstance(generator, torch.Generator):
+        raise TypeError(f"generator: got {type(generator).__name__}; pass a torch.Generator")
     single = not isinstance(matrix_or_factors, list)
     inputs = [matrix_or_factors] if single else matrix_or_factors
     names = ["matrix_or_factors" if single else f"matrix_or_factors[{n}]" for n in range(len(inputs))]
@@ -224,7 +228,9 @@ def _check(entry: tuple[Tensor, ...], rank: int, name: str) -> None:
     if len(entry) == 2:
         B, A = entry
         if B.shape[:-2] != A.shape[:-2] or B.shape[-1] != A.shape[-2]:
-            raise ValueError(f"{name}: B {tuple(B.shape)} and A {tuple(A.shape)} are not [..., m, r] and [..., r, n]")
+            raise ValueError(
+                f"{name}: has B {tuple(B.shape)} and A {tuple(A.shape)}; they must be [..., m, r] and [..., r, n]"
+            )
         if (B.dtype, B.device) != (A.dtype, A.device):
             raise ValueError(f"{name}: B is {B.dtype} on {B.device}, A is {A.dtype} on {A.device}; they must agree")
         inner = min(inner, B.shape[-1])

@@ -11,9 +11,10 @@ from mbf.ops._fresh import empty_like_all
 from mbf.ops._gpu import in_cuda
 from mbf.ops._inputs import by_device
 from mbf.ops._library import define, reference_only
+from mbf.ops._overlap import check_apart
 from mbf.ops._status import DONE, NOT_FINITE, NOT_FINITE_MESSAGE, given_up
 from mbf.ops.basis import check_rows, orthonormal_rows_ref, settle
-from mbf.ops.merge import check_distinct, check_pairs, merge_ref_, weight_tensor, written
+from mbf.ops.merge import check_pairs, merge_ref_, weight_tensor, written
 
 Pairs = tuple[Sequence[Tensor], Sequence[Tensor]]
 
@@ -77,13 +78,13 @@ def task_boundary_(merged: Pairs, finetuned: Pairs, weight: float | Tensor) -> l
 
     Raises:
         TypeError: for anything but such tensors.
-        ValueError: when lengths, shapes or devices differ, r > d_in, two of ``merged`` are the same memory, λ is not
+        ValueError: when lengths, shapes or devices differ, r > d_in, tensors of ``merged`` share memory, λ is not
             finite, or a fine-tuned tensor holds NaN or infinity. Nothing is changed then.
     """
-    (merged_A, merged_B), (A, B) = merged, finetuned
+    (merged_A, merged_B), (A, B) = _two_lists(merged, "merged"), _two_lists(finetuned, "finetuned")
     check_pairs(merged_A, A, ("A of merged", "A of finetuned"))
     check_pairs(merged_B, B, ("B of merged", "B of finetuned"))
-    check_distinct([*merged_A, *merged_B])
+    check_apart([*merged_A, *merged_B], [*A, *B])
     _check_layers(A, B)
     weight = weight_tensor(weight)
     groups = by_device(A)
@@ -103,6 +104,13 @@ def task_boundary_(merged: Pairs, finetuned: Pairs, weight: float | Tensor) -> l
             found.update(zip(here, Q, strict=True))
     written([*merged_A, *merged_B])
     return [found[n] for n in range(len(A))]
+
+
+def _two_lists(pairs: Pairs, name: str) -> Pairs:
+    if not isinstance(pairs, (tuple, list)) or len(pairs) != 2:
+        what = f"{len(pairs)} entries" if isinstance(pairs, (tuple, list)) else type(pairs).__name__
+        raise TypeError(f"{name}: got {what}; pass (A, B), a list of tensors each")
+    return pairs
 
 
 def _check_layers(A: Sequence[Tensor], B: Sequence[Tensor]) -> None:

@@ -25,11 +25,20 @@ class Home(NamedTuple):
     config: LoraConfig
 
 
+def check_module(model: nn.Module) -> None:
+    """Raise TypeError for anything but a module."""
+    if not isinstance(model, nn.Module):
+        raise TypeError(f"model: got {type(model).__name__}; pass a PeftModel or another torch.nn.Module")
+
+
 def find_home(model: nn.Module, adapter: str) -> Home | None:
     """Where ``adapter`` was injected: inside a PeftModel, a LoraModel, or a model given to inject_adapter_in_model.
 
-    None for layers that no configuration describes.
+    None for layers that no configuration describes. TypeError where the two are no module and no name.
     """
+    check_module(model)
+    if not isinstance(adapter, str):
+        raise TypeError(f"adapter: got {type(adapter).__name__}; pass the adapter's name")
     for module in model.modules():
         configs = getattr(module, "peft_config", None)
         if not isinstance(configs, dict) or adapter not in configs:
@@ -92,7 +101,13 @@ def _fits(fields: dict[str, Any], name: str, pair: tuple[int, float]) -> bool:
 
 
 def describe_ranks(pairs: dict[str, tuple[int, float]]) -> dict[str, Any]:
-    """The fields of a LoraConfig (r, lora_alpha and their patterns) that give every named layer its (rank, alpha)."""
+    """The fields of a LoraConfig (r, lora_alpha and their patterns) that give every named layer its (rank, alpha).
+
+    Raises:
+        ValueError: there is no layer.
+    """
+    if not pairs:
+        raise ValueError("pairs: is empty; give the (rank, alpha) of one layer or more")
     (r, alpha), _ = Counter(pairs.values()).most_common(1)[0]
     # PEFT matches patterns against the end of a name; the caret makes a pattern the whole name.
     return {

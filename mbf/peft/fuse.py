@@ -16,6 +16,7 @@ from peft.tuners.lora.model import LoraModel
 from peft.tuners.tuners_utils import BaseTunerLayer
 from torch import nn
 
+from mbf.peft.config import check_module
 from mbf.peft.eligibility import layer_reason, plain_weight
 from mbf.peft.frozen import LINEARS, FrozenLinear, worth_swapping
 from mbf.peft.groups import ATTENTIONS, MLPS, SharedAttention, SharedInput, listed, plain_class, swap, swap_back
@@ -194,6 +195,7 @@ def _fused_layers(model: nn.Module) -> list[Any]:
 
 
 def _lora_layers(model: nn.Module) -> dict[str, Any]:
+    check_module(model)
     return {name: module for name, module in model.named_modules() if isinstance(module, LoraLayer)}
 
 

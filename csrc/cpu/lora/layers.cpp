@@ -204,8 +204,10 @@ LayerGradients differentiate(const std::vector<MaybeTensor>& dys, const std::vec
 
 }  // namespace
 
-LayerGradients backward(const std::vector<MaybeTensor>& dys, const std::vector<Tensor>& hs, const MaybeTensor& x,
+LayerGradients backward(const std::vector<MaybeTensor>& dys, const std::vector<Tensor>& saved, const MaybeTensor& x,
                         const std::vector<Layer>& layers, bool need_dx, const std::vector<Asked>& asked) {
+  std::vector<Tensor> hs;
+  for (const Tensor& h : saved) hs.push_back(packed(h));
   const auto used = std::find_if(dys.begin(), dys.end(), [](const MaybeTensor& dy) { return dy.has_value(); });
   STD_TORCH_CHECK(used != dys.end(), "the backward of a low-rank layer was given no gradient");
   const ScalarType type = (*used)->scalar_type();
@@ -264,7 +266,7 @@ LayerGradients differentiate_branch(const Tensor& dy, const Tensor& h, const May
                                     ScalarType dx_type, bool need_dx, const Asked& asked) {
   std::vector<Branch<C>> branches;
   branches.emplace_back(operands, dy);
-  const Tensor dy_rows = rows_of(dy);
+  const Tensor dy_rows = rows_of(dy), h_packed = packed(h);
   const MaybeTensor x_rows = x ? MaybeTensor(rows_of(*x)) : std::nullopt;
   const std::vector<Asked> all{asked};
   BranchBackward<C> backward(branches, all, {true}, Grid(dy_rows.size(0), operands.A.size(1), operands.B.size(0)),
@@ -278,7 +280,7 @@ LayerGradients differentiate_branch(const Tensor& dy, const Tensor& h, const May
   const Grid& grid = backward.grid();
   parallel_for(0, grid.row_chunks, 1, [&](int64_t begin, int64_t end) {
     for (int64_t chunk = begin; chunk < end; ++chunk) {
-      backward.read_dy(chunk, {rows_in(dy_rows).at(grid.row(chunk))}, {h});
+      backward.read_dy(chunk, {rows_in(dy_rows).at(grid.row(chunk))}, {h_packed});
     }
   });
   parallel_for(0, need_dx || asked.A ? grid.tiles() : 0, 1, [&](int64_t begin, int64_t end) {

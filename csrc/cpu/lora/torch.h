@@ -83,14 +83,18 @@ class NoGrad {
   bool before_;
 };
 
+inline Tensor packed(const Tensor& tensor) {
+  return tensor.is_contiguous() ? tensor : torch::stable::contiguous(tensor);
+}
+
 // [..., columns] as the contiguous matrix [rows, columns].
 inline Tensor rows_of(const Tensor& tensor) {
-  const Tensor packed = tensor.is_contiguous() ? tensor : torch::stable::contiguous(tensor);
-  if (packed.dim() == 2) return packed;
-  const int64_t columns = packed.size(packed.dim() - 1);
+  const Tensor contiguous = packed(tensor);
+  if (contiguous.dim() == 2) return contiguous;
+  const int64_t columns = contiguous.size(contiguous.dim() - 1);
   int64_t rows = 1;
-  for (int64_t axis = 0; axis + 1 < packed.dim(); ++axis) rows *= packed.size(axis);
-  return torch::stable::view(packed, {rows, columns});
+  for (int64_t axis = 0; axis + 1 < contiguous.dim(); ++axis) rows *= contiguous.size(axis);
+  return torch::stable::view(contiguous, {rows, columns});
 }
 
 // [rows, columns] as [*lead of like, columns].

@@ -135,6 +135,10 @@ void dot_all(const T* x, int64_t ldx, int64_t rows, int64_t columns, const C* a,
 template <typename C, typename T>
 void project_rows(const T* x, int64_t ldx, int64_t rows, int64_t columns, const C* a, int64_t lda, int64_t r, Mask mask,
                   C* h) {
+  if (columns == 0) {
+    for (int64_t n = 0; n < rows * r; ++n) h[n] = 0;
+    return;
+  }
   if (mask.bits == nullptr || !copies((r + MBF_DOT_RANKS - 1) / MBF_DOT_RANKS)) {
     dot_all<C, T>(x, ldx, rows, columns, a, lda, r, mask, h, false);
     return;

@@ -1,0 +1,1 @@
+"""The C++ of the CPU extension under AddressSanitizer, UBSan and LeakSanitizer: ``make sanitize``."""

@@ -7,7 +7,8 @@ from collections.abc import Iterable
 from typing import Any
 
 import typer
-import yaml
+
+from mbf.streams.yaml_file import YamlError, parse_yaml
 
 
 def words(option: str, text: str) -> list[str]:
@@ -35,10 +36,10 @@ def settings(option: str, pairs: Iterable[str]) -> dict[str, Any]:
         if not (key.strip() and equals):
             raise typer.BadParameter(f"found {pair!r}, wanted key=value", param_hint=option)
         try:
-            found[key.strip()] = yaml.safe_load(value)
-        except yaml.YAMLError as error:
-            reason = " ".join(str(error).split())
-            raise typer.BadParameter(f"found {pair!r}, whose value is no YAML: {reason}", param_hint=option) from None
+            found[key.strip()] = parse_yaml(value)
+        except YamlError as error:
+            reason = f"whose value is no YAML ({error}); put it in quotes"
+            raise typer.BadParameter(f"found {pair!r}, {reason}", param_hint=option) from None
     return found
 
 

@@ -60,13 +60,15 @@ def load_model(
 
     where = smollm2_folder(cache, progress) if str(name) == SMOLLM2 else name
     try:
-        tokenizer = AutoTokenizer.from_pretrained(where)
+        tokenizer = AutoTokenizer.from_pretrained(where, trust_remote_code=False)  # nor is the user asked
         with _no_bars():
-            model = AutoModelForCausalLM.from_pretrained(where, dtype=dtype)
+            model = AutoModelForCausalLM.from_pretrained(
+                where, dtype=dtype, trust_remote_code=False, use_safetensors=True
+            )
     except OSError as error:
         raise ValueError(
             f"model {str(name)!r} was not found: neither a packaged name ({', '.join(PACKAGED)}), nor a folder with a "
-            f"saved model, nor a hub model that can be reached from here ({str(error).splitlines()[0]})"
+            f"saved model, nor a hub model that can be reached from here ({str(error).splitlines()[0]}); check its name"
         ) from error
     if tokenizer.pad_token is None:
         tokenizer.pad_token = tokenizer.eos_token

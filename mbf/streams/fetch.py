@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import ast
 import hashlib
+import json
 import logging
 import os
 import re
@@ -156,26 +157,45 @@ def _address(session: requests.Session, index: str, artifact: Artifact) -> str:
     files = listing(session, index, artifact.package)
     if artifact.filename not in files:
         raise _NoSuchFile(f"the package index lists no {artifact.filename}")
-    return urldefrag(files[artifact.filename]).url
+    address = urldefrag(files[artifact.filename]).url
+    if not address.lower().startswith(("http://", "https://")):
+        raise _NoSuchFile(f"the package index has {artifact.filename} at {address[:80]!r}, which is not http or https")
+    return address
 
 
 def listing(session: requests.Session, index: str, package: str) -> dict[str, str]:
     """The project's files by the index's simple API, JSON (PEP 691) or HTML (PEP 503): name → address#sha256=digest.
 
     Raises:
-        requests.RequestException: the index doesn't answer, or has no such project.
+        requests.RequestException: the index doesn't answer, has no such project, or answers nonsense.
     """
     project = re.sub(r"[-_.]+", "-", package).lower()
     accept = "application/vnd.pypi.simple.v1+json, application/vnd.pypi.simple.v1+html;q=0.2, text/html;q=0.1"
     page = session.get(f"{index.rstrip('/')}/{project}/", headers={"Accept": accept}, timeout=TIMEOUT)
     page.raise_for_status()
-    if "json" in page.headers.get("Content-Type", ""):
-        files = {file["filename"]: _with_digest(file["url"], file.get("hashes", {})) for file in page.json()["files"]}
-    else:
+    return files_of(page.content, page.headers.get("Content-Type", ""), page.url)
+
+
+def files_of(page: bytes, content_type: str, url: str) -> dict[str, str]:
+    """The files that a page of the simple API, read from ``url``, lists: name → address#sha256=digest.
+
+    Raises:
+        requests.RequestException: the page is something else.
+    """
+    if "json" in content_type:
+        try:
+            listed = json.loads(page)["files"]
+            files = {file["filename"]: _with_digest(file["url"], file.get("hashes", {})) for file in listed}
+            return {str(name): urljoin(url, address) for name, address in files.items()}
+        except (ValueError, LookupError, TypeError, AttributeError, RecursionError) as error:
+            reason = f"{type(error).__name__}: {error}"
+            raise requests.exceptions.InvalidJSONError(f"the package index lists no files ({reason})") from None
+    try:
         anchors = _Anchors()
-        anchors.feed(page.text)
-        files = anchors.files
-    return {name: urljoin(page.url, address) for name, address in files.items()}
+        anchors.feed(page.decode("utf-8", "replace"))
+        return {name: urljoin(url, address) for name, address in anchors.files.items()}
+    except (ValueError, AssertionError) as error:  # both of html.parser and urllib
+        raise requests.exceptions.InvalidURL(f"the package index has a link that is none ({error})") from None
 
 
 def _with_digest(address: str, hashes: dict[str, str]) -> str:
@@ -224,6 +244,8 @@ def _stream_once(
             done = 0
         with part.open("ab" if done else "wb") as file:
             for block in answer.iter_content(CHUNK):
+                if done + len(block) > artifact.size:
+                    raise _NoSuchFile(f"more than the {artifact.size} bytes of {artifact.filename} came")
                 done += file.write(block)
                 if progress is not None:
                     progress(artifact.filename, done, artifact.size)

@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from mbf.streams.spec import TaskSpec
+from mbf.streams.tables import as_text
 from mbf.streams.task import Content, Example, Split, StreamError
 
 FILES: dict[Split, list[str]] = {
@@ -31,29 +32,48 @@ def read_sapt(spec: TaskSpec) -> Content:
         elif split != "validation":
             raise StreamError(f"task {spec.name!r}: no {candidates[0]}; the SAPT layout wants train, dev and test.json")
     labels = folder / "labels.json"
-    return Content(splits, [str(label) for label in _json(spec.name, labels)] if labels.is_file() else None)
+    return Content(splits, _labels(spec.name, labels) if labels.is_file() else None)
 
 
 def _examples(name: str, path: Path) -> list[Example]:
     content = _json(name, path)
     if not isinstance(content, dict) or not isinstance(content.get("Instances"), list):
-        raise StreamError(f"task {name!r}: {path} has no list 'Instances', which the SAPT layout wants")
+        raise StreamError(
+            f"task {name!r}: {path} has no list 'Instances'; the SAPT layout wants "
+            '{"Definition": [..], "Instances": [{"input": .., "output": ..}]}'
+        )
     given = content.get("Definition", "")
-    definition = given if isinstance(given, str) else (given or [""])[0]
+    definition = (given or [""])[0] if isinstance(given, list) else given
+    definition = as_text(definition, f"task {name!r}: {path}", "Definition")
     examples = []
     for number, instance in enumerate(content["Instances"], 1):
+        where = f"task {name!r}: {path}, instance {number}"
         output = instance.get("output") if isinstance(instance, dict) else None
-        outputs = [output] if isinstance(output, str) else output
-        if not outputs or "input" not in instance:
+        outputs = output if isinstance(output, list) else [output]
+        if not outputs or outputs == [None] or instance.get("input") is None:
             raise StreamError(
-                f"task {name!r}: {path}, instance {number}: wanted 'input' and 'output', found {instance}"
+                f"{where}: wanted 'input' and 'output', found {str(instance)[:200]}; fill it in, or remove it"
             )
-        examples.append(Example(str(instance["input"]), str(definition), tuple(map(str, outputs))))
+        text = as_text(instance["input"], where, "input")
+        examples.append(Example(text, definition, tuple(as_text(one, where, "output") for one in outputs)))
     return examples
+
+
+def _labels(name: str, path: Path) -> list[str]:
+    labels = _json(name, path)
+    if not isinstance(labels, list):
+        raise StreamError(f"task {name!r}: {path} holds {type(labels).__name__}, wanted a list of labels")
+    return [as_text(label, f"task {name!r}: {path}", "a label") for label in labels]
 
 
 def _json(name: str, path: Path) -> Any:
     try:
-        return json.loads(path.read_text(encoding="utf-8"))
-    except json.JSONDecodeError as error:
-        raise StreamError(f"task {name!r}: {path} is not JSON: {error}") from error
+        return json.loads(path.read_bytes())
+    except OSError as error:
+        raise StreamError(f"task {name!r}: {path} cannot be read: {error.strerror}; name a file that can") from None
+    except UnicodeDecodeError as error:
+        raise StreamError(f"task {name!r}: {path}: byte {error.start} is not UTF-8; save the file as UTF-8") from None
+    except RecursionError:
+        raise StreamError(f"task {name!r}: {path} is nested too deep; wanted the SAPT layout") from None
+    except ValueError as error:
+        raise StreamError(f"task {name!r}: {path} is not JSON: {error}; mend it, or restore it from a copy") from None

@@ -5,10 +5,10 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
-import yaml
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
 
 from mbf.streams.task import SPLITS, Kind, Metric, Split, StreamError
+from mbf.streams.yaml_file import YamlError, parse_yaml
 
 
 class TaskSpec(BaseModel):
@@ -51,7 +51,7 @@ class TaskSpec(BaseModel):
     @model_validator(mode="after")
     def _one_place(self) -> TaskSpec:
         if (self.path is None) == (self.hub is None):
-            raise ValueError(f"task {self.name!r} needs either 'path' or 'hub', exactly one of them")
+            raise ValueError(f"task {self.name!r} needs either 'path' or 'hub'; give exactly one of them")
         if self.kind == "generation" and self.labels:
             raise ValueError(f"task {self.name!r} has kind 'generation' and 'labels'; leave one of them out")
         return self
@@ -92,15 +92,17 @@ def parse_spec(data: Any, where: str) -> StreamSpec:
         problems = "; ".join(
             f"{'.'.join(map(str, issue['loc'])) or 'stream'}: {issue['msg']}" for issue in error.errors()
         )
-        raise StreamError(f"{where} does not describe a stream: {problems}") from error
+        raise StreamError(f"{where} does not describe a stream: {problems}; see docs/data.md") from error
 
 
 def read_spec(path: Path) -> StreamSpec:
     """The spec in a YAML file, with relative paths made relative to the file."""
     try:
-        data = yaml.safe_load(path.read_text(encoding="utf-8"))
-    except yaml.YAMLError as error:
-        raise StreamError(f"{path} is not YAML: {' '.join(str(error).split())}") from error
+        data = parse_yaml(path.read_bytes())
+    except YamlError as error:
+        raise StreamError(f"{path} is not YAML: {error}; mend the file") from None
+    except OSError as error:
+        raise StreamError(f"{path}: cannot be read: {error.strerror}; name a file that can") from None
     spec = parse_spec({"name": path.stem, **data} if isinstance(data, dict) else data, str(path))
     tasks = [t.model_copy(update={"path": path.parent / t.path}) if t.path is not None else t for t in spec.tasks]
     return spec.model_copy(update={"tasks": tasks})
@@ -113,7 +115,7 @@ def folder_spec(root: Path) -> StreamSpec:
     ]
     if not tasks:
         raise StreamError(
-            f"{root} holds no task: wanted {root}/<task>/train.jsonl (or csv, parquet, json in the SAPT layout), and "
-            f"likewise {', '.join(SPLITS[1:])}"
+            f"{root} holds no task; wanted is {root}/<task>/train.jsonl (or csv, parquet, json in the SAPT layout), "
+            f"and likewise {', '.join(SPLITS[1:])}"
         )
     return StreamSpec(name=root.name, tasks=tasks)

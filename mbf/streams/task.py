@@ -159,7 +159,7 @@ def check_orders(name: str, tasks: Sequence[str], orders: Mapping[int, Sequence[
     for number, order in orders.items():
         if sorted(order) != sorted(tasks):
             raise StreamError(
-                f"stream {name!r}, order {number}: it lists {list(order)}, but every task must come exactly once: "
+                f"stream {name!r}, order {number}: it lists {list(order)}; every task must come exactly once: "
                 f"{list(tasks)}"
             )
 
@@ -169,7 +169,9 @@ def _check_answers(name: str, rows: Mapping[Split, list[Row]], labels: Sequence[
     for split, examples in rows.items():
         for number, row in enumerate(examples, 1):
             if not row.answer.strip():
-                raise StreamError(f"task {name!r}, split {split!r}, row {number}: the answer is empty")
+                raise StreamError(
+                    f"task {name!r}, split {split!r}, row {number}: the answer is empty; fill it in or remove the row"
+                )
             if known and row.answer not in known:
                 raise StreamError(
                     f"task {name!r}, split {split!r}, row {number}: label {row.answer!r} is not among the task's "

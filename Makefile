@@ -6,6 +6,7 @@ PYTEST ?= -n 2 --dist loadfile
 BENCH ?= bench/*.py
 PEFT_SUITE ?=
 METHODS ?= --budget 110
+SANITIZE ?=
 
 # The first Python that is new enough and can make virtual environments; `make PYTHON=/path/to/python3` overrides.
 PYTHON ?= $(shell for p in python3 python3.11 python3.12 python3.13 python3.14 python3.10; do \
@@ -18,7 +19,7 @@ native := setup.py csrc/ops.cpp csrc/portable.cpp csrc/portable.map $(shell find
 export HF_HUB_DISABLE_TELEMETRY := 1
 
 .DEFAULT_GOAL := help
-.PHONY: help run test peft-suite lint emulation wheel wheel-check bench methods docs docs-serve clean
+.PHONY: help run test peft-suite lint emulation sanitize wheel wheel-check vulnerabilities bench methods docs docs-serve clean
 .DELETE_ON_ERROR:
 .NOTPARALLEL:
 
@@ -29,6 +30,7 @@ help: ## show this list
 	@echo '  make run RUN="real-5 --method slao,seqlora --seed 0"    another run; see mbf run --help'
 	@echo '  make test PYTEST="-x tests/ops"                         other arguments for pytest'
 	@echo '  make peft-suite PEFT_SUITE="--peft-version 0.18.1"       another PEFT'
+	@echo '  make sanitize SANITIZE="--calls 5000 --seed 1"           more random calls, and others'
 	@echo '  make PYTHON=/usr/bin/python3.12 run                     another Python (3.10 or newer)'
 
 run: $(done)/run $(done)/native ## install what a run needs, then learn RUN (default: the quickstart) and write its report
@@ -52,12 +54,21 @@ emulation: $(done)/test $(done)/native ## the tests of the CUDA kernels on the C
 		LD_PRELOAD="$$($${CXX:-g++} -print-file-name=libasan.so) $$($${CXX:-g++} -print-file-name=libstdc++.so)" \
 		$(bin)/python -m pytest --capture=sys tests/cuda --ignore tests/cuda/test_build.py
 
-wheel: $(done)/dev ## build the wheel and the sdist into dist/; audit the wheel and tag it for every Linux it serves
+sanitize: $(done)/test $(done)/native ## the C++ of the CPU under AddressSanitizer, UBSan and LeakSanitizer, with random calls
+	MBF_SANITIZE=1 MBF_BUILD_CPU=1 MBF_BUILD_CUDA=0 $(bin)/python setup.py -q build_ext
+	$(bin)/python -m tests.sanitize $(SANITIZE)
+
+wheel: $(done)/dev ## build the wheel and the sdist into dist/; audit the wheel, tag it for every Linux it serves, add its bill of materials
 	rm -rf dist build/lib* build/bdist* build/wheel
 	MBF_BUILD_CPU=1 MBF_BUILD_CUDA=$(if $(shell command -v nvcc),1,auto) \
 		$(bin)/python -m build --wheel --no-isolation --outdir build/wheel
 	MBF_BUILD_CPU=0 MBF_BUILD_CUDA=0 $(bin)/python -m build --sdist --no-isolation
 	$(bin)/python -m tests.wheel.audit build/wheel/*.whl --output dist
+	$(bin)/python -m tests.wheel.sbom dist/*.whl
+
+# Strict: a package that the advisories do not know is an error, not a line.
+vulnerabilities: $(done)/dev ## ask the public advisories for every package of the environment; needs the network
+	$(bin)/pip-audit --strict --skip-editable
 
 # Needs, beside the registry, another Python: 3.10 or from 3.12 on. Downloads stay in uv's cache.
 wheel-check: wheel ## use the wheel and the sdist in clean environments: two Pythons, the pinned and the oldest torch

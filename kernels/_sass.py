@@ -100,7 +100,7 @@ def report(found: Any) -> Report:
         instructions = Counter(_INSTRUCTION.findall(_cuobjdump("-sass", cubin)))
     numbers = re.search(r"REG:(\d+) STACK:(\d+) SHARED:(\d+) LOCAL:(\d+)", usage)
     if numbers is None or not instructions:
-        raise RuntimeError(f"cuobjdump printed what cannot be read: {usage[:500]!r}")
+        raise RuntimeError(f"cuobjdump printed what cannot be read; take another triton: {usage[:500]!r}")
     registers, stack, _, local = map(int, numbers.groups())
     on_stack = sum(count for name, count in instructions.items() if name.startswith(("LDL", "STL")))
     ttgir = found.asm["ttgir"]

@@ -44,7 +44,7 @@ def merge(
     settings = values.settings("--option", option or [])
     if "rank" in settings:
         raise typer.BadParameter(
-            "found rank: the adapters decide it while they are merged, and --rank that of the result",
+            "found rank; leave it out: the adapters decide it while they are merged, and --rank that of the result",
             param_hint="--option",
         )
     report = merge_adapters(adapters, out, method=method, rank=rank, **settings)

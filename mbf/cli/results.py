@@ -11,13 +11,14 @@ from rich.text import Text
 from mbf.cli.show import STYLE
 from mbf.continual.metrics import FORMULAS
 from mbf.report import RunResult, SummaryRow, summary_rows
-from mbf.report.table import CAPTION, compared, table
+from mbf.report.table import CAPTION, compared, skipped, table
 
 
 def show(console: Console, runs: Sequence[RunResult]) -> None:
     """The matrix of each run, the measures of each method, and the formulas of the measures shown."""
     for run in runs:
         _print(console, f"{run.cell}: score in % on each task (row) after learning task … (column)", matrix(run))
+    _print_skipped(console, runs)
     rows = summary_rows(runs)
     several_orders = any(row.disparity and row.disparity.orders > 1 for row in rows)
     _print(console, "measures in %, mean ± standard deviation over orders and seeds", measures(rows, several_orders))
@@ -33,6 +34,7 @@ def comparison(console: Console, results: Sequence[RunResult], asked: Mapping[st
         grid.add_row(Text(label, style="bold"), *numbers)
     _print(console, "comparison", grid)
     console.print(Text(CAPTION, style="dim"), soft_wrap=True)
+    _print_skipped(console, results)
 
 
 def matrix(run: RunResult) -> Table:
@@ -41,8 +43,9 @@ def matrix(run: RunResult) -> Table:
     columns = [f"{t} {name}" if len(names) <= 6 else str(t) for t, name in enumerate(names, 1)]
     table = _table("task", "zero-shot", *columns)
     for i, (name, zero, row) in enumerate(zip(names, run.matrix.zero_shot, run.matrix.scores, strict=True), 1):
-        cells = [Text(_percent(a), style="bold" if t == i else "") for t, a in enumerate(row, 1)]
-        table.add_row(Text(f"{i} {name}"), _percent(zero), *cells)
+        learned = name not in run.matrix.skipped
+        cells = [Text(_percent(a), style="bold" if t == i and learned else "") for t, a in enumerate(row, 1)]
+        table.add_row(Text(f"{i} {name}" + ("" if learned else ", skipped")), _percent(zero), *cells)
     return table
 
 
@@ -59,6 +62,11 @@ def measures(rows: Iterable[SummaryRow], several_orders: bool) -> Table:
         spread = [_percent(value) for value in of_orders] if several_orders else []
         table.add_row(Text(row.label), Text(row.stream), *stats, *spread, str(row.runs))
     return table
+
+
+def _print_skipped(console: Console, runs: Sequence[RunResult]) -> None:
+    for line in skipped(runs):
+        console.print(Text(f"skipped: {line}"), soft_wrap=True)
 
 
 def _table(key: str, *columns: str) -> Table:

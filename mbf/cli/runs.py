@@ -7,7 +7,7 @@ import os
 from collections.abc import Iterator
 from contextlib import contextmanager, nullcontext
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated, Any, Literal
 
 import typer
 
@@ -59,6 +59,13 @@ def run(
         list[str] | None,
         typer.Option("--set", metavar="KEY=VALUE", help="Any other key of the configuration; repeat for more."),
     ] = None,
+    on_bad_task: Annotated[
+        Literal["stop", "skip"] | None,
+        typer.Option(
+            help="What to do about a task whose training diverges: skip leaves the LoRA as it is and goes on.",
+            show_default="stop",
+        ),
+    ] = None,
     nproc: Nproc = 1,
     sharded: Sharded = False,
 ) -> None:
@@ -78,6 +85,7 @@ def run(
         "train.rows": train_rows,
         "eval.rows": test_rows,
         "train.epochs": epochs,
+        "on_bad_task": on_bad_task,
     }
     chosen = {key: value for key, value in given.items() if value is not None}
     config = mbf.run.load_config(source, chosen | values.settings("--set", settings or []))
@@ -99,6 +107,12 @@ def run(
 
 def resume(
     run: Annotated[Path, typer.Argument(metavar="RUN", help="Directory of a run that was stopped.")],
+    on_bad_task: Annotated[
+        Literal["stop", "skip"] | None,
+        typer.Option(
+            help="What to do, from here on, about a task whose training diverges.", show_default="as it was started"
+        ),
+    ] = None,
     nproc: Nproc = 1,
     sharded: Sharded = False,
 ) -> None:
@@ -111,10 +125,11 @@ def resume(
 
     if nproc > 1:
         RunDirectory.open(run)
-        _start(["resume", str(run), *(["--sharded"] if sharded else [])], nproc, run)
+        words = ["resume", str(run), *(["--on-bad-task", on_bad_task] if on_bad_task else [])]
+        _start([*words, *(["--sharded"] if sharded else [])], nproc, run)
         return
     with watched(run) as progress:
-        results = mbf.run.resume(run, progress, sharded=sharded)
+        results = mbf.run.resume(run, progress, sharded=sharded, on_bad_task=on_bad_task)
     _show(results, run)
 
 

@@ -1,6 +1,6 @@
 """The learner: one LoRA through a stream of tasks, its checkpoints, offline merging and the metrics."""
 
-from mbf.continual.checks import NonFiniteAdapterError, TaskError
+from mbf.continual.checks import DivergedError, NonFiniteAdapterError, TaskError
 from mbf.continual.learner import ContinualLora, TaskRecord
 from mbf.continual.metrics import FORMULAS, ScoreMatrix
 from mbf.continual.offline import Compressed, MergeReport, merge_adapters
@@ -9,6 +9,7 @@ __all__ = [
     "FORMULAS",
     "Compressed",
     "ContinualLora",
+    "DivergedError",
     "MergeReport",
     "NonFiniteAdapterError",
     "ScoreMatrix",

@@ -1,69 +1,196 @@
-"""Files and directories that appear whole or not at all, whenever the machine stops; and what a file hashes to."""
+"""Files and directories that appear whole or not at all, whenever the machine stops; and what a file hashes to.
+
+Everything is written beside its place first, as ``.<name>.new-<random>``, then synced and renamed. A process that is
+killed leaves such a torso behind; ``sweep`` removes them, for a caller who knows that nobody else writes there. What
+cannot be written (a full disk, say) is one ``OSError`` that names the place and the way out.
+"""
 
 from __future__ import annotations
 
+import errno
 import hashlib
 import os
+import re
 import shutil
 import uuid
 from collections.abc import Iterator
-from contextlib import contextmanager, suppress
+from contextlib import contextmanager
 from pathlib import Path
+
+from safetensors import SafetensorError
+
+_TORSO = re.compile(r"\.(?P<name>.+)\.(?P<kind>new|old)-[0-9a-f]+")
+
+_WAYS = {
+    errno.ENOSPC: "free some space",
+    errno.EDQUOT: "free some of your quota",
+    errno.EFBIG: "raise the limit on the size of a file (ulimit -f)",
+    errno.EACCES: "make it writable",
+    errno.EPERM: "make it writable",
+    errno.EROFS: "choose a place that can be written",
+    errno.EEXIST: "move away the file that stands where a directory is wanted",
+    errno.ENOTDIR: "move away the file that stands where a directory is wanted",
+    errno.EISDIR: "move away the directory that stands where a file is wanted",
+}
 
 
 @contextmanager
-def whole_directory(path: str | os.PathLike[str]) -> Iterator[Path]:
+def whole_directory(path: str | os.PathLike[str], mark: str | None = None) -> Iterator[Path]:
     """Yield a temporary sibling to fill; at the end of the block it is synced and takes the place of ``path``.
 
     An existing directory at ``path`` is replaced. On an exception nothing of the attempt stays. Stopped between the two
     renames, the old directory is left beside as ``.<name>.old-*``, which ``recover_directory`` puts back.
+
+    Args:
+        path: the directory.
+        mark: a file by which a directory is known as one that may be replaced; default: any may.
+
+    Raises:
+        ValueError: ``path`` holds something else: a file, or a directory that is neither empty nor has the mark.
+        OSError: it cannot be written; names ``path`` and the way out, and what was there is whole.
+    """
+    target = Path(os.path.realpath(path))
+    _check_replaceable(Path(path), target, mark)
+    with writing(path):
+        target.parent.mkdir(parents=True, exist_ok=True)
+        temporary = _beside(target)
+        temporary.mkdir()
+        try:
+            yield temporary
+            sync_tree(temporary)
+            if target.exists():
+                _remove_old(target)  # from a replacement that was stopped after both renames
+                old = _beside(target, "old")
+                target.rename(old)
+                try:
+                    temporary.rename(target)
+                except BaseException:
+                    old.rename(target)
+                    raise
+            else:
+                temporary.rename(target)
+        except BaseException:
+            shutil.rmtree(temporary, ignore_errors=True)
+            raise
+        _remove_old(target)
+        _sync(target.parent)
+
+
+@contextmanager
+def whole_files(path: str | os.PathLike[str], last: str) -> Iterator[Path]:
+    """Yield a temporary directory to fill; at the end its files take the places of those of their names in ``path``.
+
+    All are written and synced before the first is renamed, so what cannot be written changes nothing. Where ``path``
+    does not exist, they appear all at once. Other files there stay.
+
+    Args:
+        path: the directory.
+        last: the file that is renamed after all others: where it is new, everything is.
+
+    Raises:
+        OSError: they cannot be written; names ``path`` and the way out.
+    """
+    target = Path(os.path.realpath(path))
+    with writing(path):
+        target.parent.mkdir(parents=True, exist_ok=True)
+        temporary = _beside(target if not target.is_dir() else target / target.name)
+        temporary.mkdir()
+        try:
+            yield temporary
+            sync_tree(temporary)
+            if target.is_dir():
+                for file in sorted(temporary.iterdir(), key=lambda file: (file.name == last, file.name)):
+                    os.replace(file, target / file.name)
+                _sync(target)
+            else:
+                temporary.rename(target)
+                _sync(target.parent)
+        finally:
+            shutil.rmtree(temporary, ignore_errors=True)
+
+
+def write_file(path: str | os.PathLike[str], content: str | bytes) -> None:
+    """Replace the file's content in one step; text is written as UTF-8.
+
+    Raises:
+        OSError: it cannot be written; names ``path`` and the way out, and what was there is whole.
     """
     target = Path(path)
-    target.parent.mkdir(parents=True, exist_ok=True)
-    temporary = target.parent / f".{target.name}.new-{uuid.uuid4().hex[:8]}"
-    temporary.mkdir()
+    with writing(path):
+        target.parent.mkdir(parents=True, exist_ok=True)
+        temporary = _beside(target)
+        try:
+            with temporary.open("wb") as file:
+                file.write(content.encode() if isinstance(content, str) else content)
+                file.flush()
+                os.fsync(file.fileno())
+            os.replace(temporary, target)
+        except BaseException:
+            temporary.unlink(missing_ok=True)
+            raise
+        _sync(target.parent)
+
+
+@contextmanager
+def writing(path: str | os.PathLike[str]) -> Iterator[None]:
+    """Whatever the block cannot write is an OSError of ``path`` that says what to do, whoever wrote it."""
     try:
-        yield temporary
-        for file in temporary.rglob("*"):
-            _sync(file)
-        _sync(temporary)
-    except BaseException:
-        shutil.rmtree(temporary, ignore_errors=True)
-        raise
-    if target.exists():
-        old = target.parent / f".{target.name}.old-{uuid.uuid4().hex[:8]}"
-        target.rename(old)
-        temporary.rename(target)
-        shutil.rmtree(old, ignore_errors=True)
+        yield
+    except OSError as error:
+        number, reason = error.errno, error.strerror or str(error)
+    except SafetensorError as error:  # has the number in words alone
+        found = re.search(r"\(os error (\d+)\)", str(error))
+        if found is None:
+            raise
+        number = int(found[1])
+        reason = os.strerror(number)
+    except RuntimeError as error:  # of torch.save, which does not say what the system said
+        if not re.search("PytorchStreamWriter|inline_container", str(error)):
+            raise
+        number, reason = None, "the file could not be written"
     else:
-        temporary.rename(target)
-    _sync(target.parent)
+        return
+    way = _WAYS.get(number or 0, "free some space or make it writable")
+    raise OSError(number, f"{reason}; {way}, then do it again. What was there before is whole", str(path)) from None
 
 
 def recover_directory(path: str | os.PathLike[str]) -> None:
     """Put back the old directory of a replacement that was stopped between its two renames."""
-    target = Path(path)
+    target = Path(os.path.realpath(path))
     if not target.exists():
-        for old in sorted(target.parent.glob(f".{target.name}.old-*")):
+        for old in _olds(target):
             old.rename(target)
             return
 
 
-def write_file(path: str | os.PathLike[str], text: str) -> None:
-    """Replace the file's text in one step."""
-    target = Path(path)
-    target.parent.mkdir(parents=True, exist_ok=True)
-    temporary = target.parent / f".{target.name}.new-{uuid.uuid4().hex[:8]}"
-    try:
-        with temporary.open("w", encoding="utf-8") as file:
-            file.write(text)
-            file.flush()
-            os.fsync(file.fileno())
-        os.replace(temporary, target)
-    except BaseException:
-        temporary.unlink(missing_ok=True)
-        raise
-    _sync(target.parent)
+def sweep(root: Path) -> None:
+    """Remove below ``root`` what killed processes left half written, and put back what they were about to replace.
+
+    Only for a caller who holds the lock of ``root``: what another process is just writing looks the same.
+    """
+    for folder, directories, files in os.walk(root, topdown=True):
+        for name in [*directories, *files]:
+            if (torso := _TORSO.fullmatch(name)) is None:
+                continue
+            path, target = Path(folder, name), Path(folder, torso["name"])
+            if torso["kind"] == "old" and not target.exists():
+                path.rename(target)
+            elif path.is_dir() and not path.is_symlink():
+                shutil.rmtree(path)
+            else:
+                path.unlink()
+        directories[:] = [name for name in directories if not is_torso(name)]
+
+
+def is_torso(name: str) -> bool:
+    """Whether a file or directory of this name is what a killed process left half written."""
+    return _TORSO.fullmatch(name) is not None
+
+
+def sync_tree(root: Path) -> None:
+    """Have everything below ``root``, and it itself, on the disk and not just in memory."""
+    for path in [*root.rglob("*"), root]:
+        _sync(path)
 
 
 def sha256_of(path: str | os.PathLike[str]) -> str:
@@ -75,8 +202,38 @@ def sha256_of(path: str | os.PathLike[str]) -> str:
     return digest.hexdigest()
 
 
+def _check_replaceable(shown: Path, target: Path, mark: str | None) -> None:
+    if target.exists() and not target.is_dir():
+        raise ValueError(f"{shown}: found a file, wanted a directory; move it away, or choose another place")
+    if mark is None or not target.is_dir() or (target / mark).is_file():
+        return
+    if foreign := next((file.name for file in target.iterdir()), None):
+        raise ValueError(
+            f"{shown}: found a directory with {foreign} and without {mark}, which writing there would remove; "
+            "choose another place"
+        )
+
+
+def _beside(target: Path, kind: str = "new") -> Path:
+    return target.parent / f".{target.name}.{kind}-{uuid.uuid4().hex[:8]}"
+
+
+def _olds(target: Path) -> list[Path]:
+    pattern = re.compile(rf"\.{re.escape(target.name)}\.old-[0-9a-f]+")
+    return sorted(path for path in target.parent.glob(".*") if pattern.fullmatch(path.name))
+
+
+def _remove_old(target: Path) -> None:
+    for old in _olds(target):
+        shutil.rmtree(old, ignore_errors=True)
+
+
 def _sync(path: Path) -> None:
     descriptor = os.open(path, os.O_RDONLY)
-    with suppress(OSError):  # some file systems refuse to sync a directory
+    try:
         os.fsync(descriptor)
-    os.close(descriptor)
+    except OSError as error:
+        if error.errno not in (errno.EINVAL, errno.ENOTSUP, errno.EBADF):  # file systems that cannot sync a directory
+            raise
+    finally:
+        os.close(descriptor)

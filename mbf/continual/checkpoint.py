@@ -5,12 +5,18 @@
     adapter_config.json         PEFT's
     adapter_model.safetensors   PEFT's: the merged LoRA
     learner.safetensors         the method's state, e.g. (A_ft, B_ft) of SLAO
-    learner.json                format, method, options, history, layers, sha256 of the others
+    learner.json                format, method, options, history, layers, state, sha256 of the others
+
+Reading trusts none of it: the header is checked by itself (``Header.parse``), then the sha256 of the parts, then each
+part against the header and the model; all before the model changes.
 """
 
 from __future__ import annotations
 
 import json
+import math
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import asdict
 from os import PathLike
 from pathlib import Path
@@ -18,14 +24,18 @@ from typing import TYPE_CHECKING, Any, Literal
 
 import torch
 from peft import PeftModel
-from safetensors import SafetensorError
-from safetensors.torch import load_file, save_file
+from peft.tuners.lora.layer import LoraLayer
+from pydantic import BaseModel, ConfigDict, Field, NonNegativeFloat, NonNegativeInt, PositiveInt, ValidationError
+from safetensors.torch import save_file
 from torch import Tensor, nn
 
 from mbf.continual.atomic import recover_directory, sha256_of, whole_directory
-from mbf.methods import Factors, available, get
-from mbf.peft import AdapterLayer, adapter_layers, save_adapter, sync_config, whole_adapter
+from mbf.continual.metrics import MALFORMED, first_error
+from mbf.methods import Factors, Method, available, get
+from mbf.peft import AdapterLayer, adapter_layers, is_fused, save_adapter, sync_config, unfuse, whole_adapter
 from mbf.peft.sharded import reshard
+from mbf.peft.stored import CONFIG, PREFIX, check_factors, read_config, read_tensors
+from mbf.peft.stored import WEIGHTS as ADAPTER
 
 if TYPE_CHECKING:
     from torch.distributed import ProcessGroup
@@ -36,21 +46,92 @@ FORMAT = "mbf-learner"
 VERSION = 1
 HEADER = "learner.json"
 STATE = "learner.safetensors"
-ADAPTER = "adapter_model.safetensors"
-CONFIG = "adapter_config.json"
+PARTS = (CONFIG, ADAPTER, STATE)
 
 
 class CheckpointError(ValueError):
     """A checkpoint is missing, damaged, of another format, or of another model."""
 
 
+class _Record(BaseModel):
+    """A ``TaskRecord`` as it is stored."""
+
+    model_config = ConfigDict(strict=True, extra="forbid", allow_inf_nan=False)
+
+    index: PositiveInt
+    name: str
+    steps: NonNegativeInt
+    seconds: NonNegativeFloat
+
+
+class Header(BaseModel):
+    """``learner.json``.
+
+    Attributes:
+        layers: [r, d_in, d_out, s] by name.
+        state: [dtype, *shape] of the method's tensors by name; None in a checkpoint that is older than this.
+        sha256: of the other parts by name.
+    """
+
+    model_config = ConfigDict(strict=True, extra="forbid", allow_inf_nan=False)
+
+    format: Literal["mbf-learner"]
+    version: int
+    method: str
+    options: dict[str, Any]
+    callable_options: list[str]
+    adapter: str = Field(pattern=r"^[^./\\\s]+$")
+    history: list[_Record]
+    layers: dict[str, list[int | float]] = Field(min_length=1)
+    state: dict[str, list[str | int]] | None = None
+    sha256: dict[str, str]
+
+    @classmethod
+    def parse(cls, data: Any, path: Path) -> Header:
+        """The header that ``data``, of the file ``path``, is.
+
+        Raises:
+            CheckpointError: it is none, or of another version, or of a method that is not known here.
+        """
+        if not isinstance(data, dict) or data.get("format") != FORMAT:
+            raise CheckpointError(f"{path} is not a learner's header: format must be {FORMAT!r}; name what save wrote")
+        if data.get("version") != VERSION:
+            raise CheckpointError(f"{path} has version {data.get('version')!r}, this mbf reads {VERSION}; update mbf")
+        try:
+            header = cls.model_validate(data)
+        except MALFORMED as error:
+            raise CheckpointError(f"{path} is damaged ({first_error(error)}); restore it from a copy") from None
+        if header.method not in available():
+            raise CheckpointError(
+                f"{path}: method {header.method!r} is not registered here; mbf.methods.register it first"
+            )
+        if sorted(header.sha256) != sorted(PARTS):
+            raise CheckpointError(
+                f"{path}: sha256 is of {', '.join(sorted(header.sha256)) or 'nothing'}, wanted that of "
+                f"{', '.join(sorted(PARTS))}; restore it from a copy"
+            )
+        for name, layer in header.layers.items():
+            if len(layer) != 4 or not all(isinstance(size, int) and size > 0 for size in layer[:3]):
+                raise CheckpointError(
+                    f"{path}: layer {name} is {layer}, wanted [r, d_in, d_out, scale]; restore it from a copy"
+                )
+        if [record.index for record in header.history] != list(range(1, len(header.history) + 1)):
+            raise CheckpointError(f"{path}: the tasks of the history are not numbered from 1; restore it from a copy")
+        return header
+
+
 def save(learner: ContinualLora, directory: str | PathLike[str]) -> None:
-    """Write ``learner`` to ``directory``, replacing an older checkpoint there in one step; the first process does."""
+    """Write ``learner`` to ``directory``, replacing an older checkpoint there in one step; the first process does.
+
+    Raises:
+        ValueError: the directory holds something else than an adapter.
+        OSError: it cannot be written; an older checkpoint there is whole.
+    """
     reshard(learner.model)
     parameters = whole_adapter(learner.model, learner.adapter)
     if not learner.replicas.first:
         return
-    with whole_directory(directory) as temporary:
+    with whole_directory(directory, mark=CONFIG) as temporary:
         save_adapter(learner.model, learner.adapter, temporary, parameters)
         state = {name: t.detach().contiguous().cpu() for name, t in learner.method.state_dict().items()}
         save_file(state, temporary / STATE, metadata={"format": "pt"})
@@ -64,7 +145,8 @@ def save(learner: ContinualLora, directory: str | PathLike[str]) -> None:
             "adapter": learner.adapter,
             "history": [asdict(record) for record in learner.history],
             "layers": {layer.name: [*layer.A.shape, layer.B.shape[0], layer.scale] for layer in learner.layers},
-            "sha256": {name: sha256_of(temporary / name) for name in (CONFIG, ADAPTER, STATE)},
+            "state": _described(state),
+            "sha256": {name: sha256_of(temporary / name) for name in PARTS},
         }
         (temporary / HEADER).write_text(json.dumps(header, indent=1), encoding="utf-8")
 
@@ -79,7 +161,7 @@ def export(learner: ContinualLora, directory: str | PathLike[str]) -> None:
         sync_config(learner.model, learner.adapter)
         parameters = whole_adapter(learner.model, learner.adapter)
         if learner.replicas.first:
-            with whole_directory(directory) as temporary:
+            with whole_directory(directory, mark=CONFIG) as temporary:
                 save_adapter(learner.model, learner.adapter, temporary, parameters)
     finally:
         with torch.no_grad():
@@ -101,32 +183,29 @@ def load(
     root = Path(directory)
     recover_directory(root)
     header = read_header(root)
-    missing = [k for k in header["callable_options"] if k not in options]
-    if missing:
-        raise CheckpointError(
-            f"{root}: option {missing[0]!r} was a callable, which is not stored; pass load(..., {missing[0]}=...)"
-        )
-    method = get(header["method"])(**(header["options"] | options))
-    state = _tensors(root / STATE)
-    factors = _tensors(root / ADAPTER)
-    adapter = header["adapter"]
-    if adapter not in (getattr(model, "peft_config", None) or {}):
-        model = _with_adapter(model, root, adapter)
-    layers = adapter_layers(model, adapter)
-    merged = _match(root, header["layers"], layers, factors)
-    learner = cls(model, method, adapter, learnt=False, fuse=fuse, process_group=process_group)
-    with torch.no_grad():
-        method.write(merged)
-    sync_config(model, adapter)
-    method.load_state_dict({name: t.to(layers[0].A.device) for name, t in state.items()})
-    learner.history = [TaskRecord(**record) for record in header["history"]]
-    if learner.history:
-        method.select(None)
+    method = _method(root, header, options)
+    factors, state = _read_parts(root, header)
+    _take_state(root, method, state)  # what is damaged shows before the model is touched
+    adapter = header.adapter
+    with _undone_on_error(model, adapter) as known:
+        if not known:
+            _check_base(root, header, model)
+            model = _with_adapter(model, root, adapter)
+        layers = adapter_layers(model, adapter)
+        merged = _match(root, header.layers, layers, factors)
+        learner = cls(model, method, adapter, learnt=False, fuse=fuse, process_group=process_group)
+        with torch.no_grad():
+            method.write(merged)
+        sync_config(model, adapter)
+        _take_state(root, method, {name: t.to(layers[0].A.device) for name, t in state.items()})
+        learner.history = [TaskRecord(**record.model_dump()) for record in header.history]
+        if learner.history:
+            _select(root, learner)
     return learner
 
 
-def read_header(root: Path) -> dict[str, Any]:
-    """The checked header of a checkpoint.
+def read_header(root: Path) -> Header:
+    """The checked header of a checkpoint, whose parts are those that it was written with.
 
     Raises:
         CheckpointError: no checkpoint, another format or a newer version, or a part whose sha256 differs.
@@ -137,23 +216,149 @@ def read_header(root: Path) -> dict[str, Any]:
             f"{root} holds no learner ({HEADER} is missing); pass a directory that learner.save wrote"
         )
     try:
-        header = json.loads(path.read_text(encoding="utf-8"))
-    except (UnicodeDecodeError, json.JSONDecodeError) as error:
+        data = json.loads(path.read_bytes())
+    except (OSError, ValueError, RecursionError) as error:
         raise CheckpointError(f"{path} is damaged ({error}); restore it from a copy") from None
-    if not isinstance(header, dict) or header.get("format") != FORMAT:
-        raise CheckpointError(f"{path} is not a learner's header: format must be {FORMAT!r}")
-    if header["version"] != VERSION:
-        raise CheckpointError(f"{path} has version {header['version']}, this mbf reads {VERSION}; update mbf")
-    if header["method"] not in available():
-        raise CheckpointError(
-            f"{path}: method {header['method']!r} is not registered here; mbf.methods.register it first"
-        )
-    for name, digest in header["sha256"].items():
+    header = Header.parse(data, path)
+    for name, digest in header.sha256.items():
         if not (root / name).is_file():
             raise CheckpointError(f"{root}: {name} is missing; restore it from a copy")
         if (found := sha256_of(root / name)) != digest:
-            raise CheckpointError(f"{root / name} is damaged: sha256 is {found[:12]}…, the header says {digest[:12]}…")
+            raise CheckpointError(
+                f"{root / name} is damaged: sha256 is {found[:12]}…, the header says {digest[:12]}…; restore it from "
+                "a copy"
+            )
     return header
+
+
+def check_state(state: Mapping[str, Tensor], header: Header, file: Path) -> None:
+    """Raise CheckpointError unless ``state``, of ``file``, has the names, dtypes and shapes that the header says."""
+    if header.state is None:
+        return
+    found = _described(state)
+    if odd := sorted(name for name in found.keys() | header.state.keys() if found.get(name) != header.state.get(name)):
+        raise CheckpointError(
+            f"{file}: {odd[0]} is {found.get(odd[0], 'missing')}, the header says "
+            f"{header.state.get(odd[0], 'nothing')}; restore it from a copy"
+        )
+
+
+def _described(state: Mapping[str, Tensor]) -> dict[str, list[str | int]]:
+    return {name: [str(t.dtype).removeprefix("torch."), *t.shape] for name, t in state.items()}
+
+
+def _method(root: Path, header: Header, options: Mapping[str, Any]) -> Method:
+    if missing := [name for name in header.callable_options if name not in options]:
+        raise CheckpointError(
+            f"{root}: option {missing[0]!r} was a callable, which is not stored; pass load(..., {missing[0]}=...)"
+        )
+    known, merged = get(header.method), {**header.options, **options}
+    try:
+        known.Options.model_validate(merged)  # not yet as keyword arguments: an option might be called "self"
+        return known(**merged)
+    except MALFORMED as error:
+        found = error.errors() if isinstance(error, ValidationError) else []
+        if set(options) & {str(one["loc"][0]) for one in found if one["loc"]}:  # not the file's, the caller's
+            raise
+        raise CheckpointError(
+            f"{root / HEADER}: options of {header.method}: {first_error(error)}; load it with the mbf that wrote it"
+        ) from None
+
+
+def _read_parts(root: Path, header: Header) -> tuple[dict[str, tuple[Tensor, Tensor]], dict[str, Tensor]]:
+    """(A, B) by PEFT's name of the layer, and the method's state; both finite, and as the header says."""
+    try:
+        factors = check_factors(read_tensors(root / ADAPTER), read_config(root), root / ADAPTER)
+        state = read_tensors(root / STATE)
+        check_state(state, header, root / STATE)
+    except ValueError as error:
+        raise CheckpointError(str(error)) from None
+    stored = {name: [A.shape[0], A.shape[1], B.shape[0]] for name, (A, B) in factors.items()}
+    said = {_peft_key(name): layer[:3] for name, layer in header.layers.items()}
+    if odd := sorted(name for name in stored.keys() | said.keys() if stored.get(name) != said.get(name)):
+        raise CheckpointError(
+            f"{root}: {odd[0]} has [r, d_in, d_out] {stored.get(odd[0], 'missing')} in {ADAPTER} and "
+            f"{said.get(odd[0], 'missing')} in {HEADER}; restore both from a copy"
+        )
+    return factors, state
+
+
+def _check_base(root: Path, header: Header, model: nn.Module) -> None:
+    """Raise CheckpointError unless the base model has every layer of the checkpoint, as wide as it was."""
+    base = model.get_base_model() if isinstance(model, PeftModel) else model
+    modules = dict(base.named_modules())
+    for name, (_, d_in, d_out, _) in header.layers.items():
+        module = modules.get(name.removeprefix(PREFIX))
+        if module is None:
+            raise CheckpointError(
+                f"{root} adapts {name}, which the model has not; load into the model it was trained on"
+            )
+        found = getattr(module, "out_features", d_out), getattr(module, "in_features", d_in)
+        if found != (d_out, d_in):
+            raise CheckpointError(
+                f"{root}: {name} is {d_out}×{d_in} there and {found[0]}×{found[1]} in the model; load into the model "
+                "it was trained on"
+            )
+
+
+@contextmanager
+def _undone_on_error(model: nn.Module, adapter: str) -> Iterator[bool]:
+    """Yield whether the model has the adapter; an exception leaves the model with what it had, as it was."""
+    known = adapter in (getattr(model, "peft_config", None) or {})
+    fused, trained = is_fused(model), [(p, p.requires_grad) for p in model.parameters()]
+    active = (model.active_adapter, list(model.active_adapters)) if isinstance(model, PeftModel) else ("", [])
+    layers = adapter_layers(model, adapter) if known else []
+    values = [layer.values() for layer in layers]
+    kept = Factors([A for A, _ in values], [B for _, B in values]).clone()
+    try:
+        yield known
+    except BaseException:
+        for layer in layers:
+            layer.route(None)
+        if not fused and is_fused(model):
+            unfuse(model)
+        for layer, A, B in zip(layers, kept.A, kept.B, strict=True):
+            layer.write(A, B)
+        if known:
+            sync_config(model, adapter)
+        elif isinstance(model, PeftModel) and adapter in model.peft_config:
+            model.set_adapter(active[0])
+            tuner: Any = model.base_model
+            tuner.set_adapter(active[1])  # which several may be
+            model.delete_adapter(adapter)
+        elif not isinstance(model, PeftModel):
+            _take_out(model)
+        for parameter, flag in trained:
+            parameter.requires_grad_(flag)
+        raise
+
+
+def _take_out(base: nn.Module) -> None:
+    """Undo PEFT's injection into a base model."""
+    for name, module in list(base.named_modules()):
+        if isinstance(module, LoraLayer):
+            parent, _, child = name.rpartition(".")
+            setattr(base.get_submodule(parent), child, module.get_base_layer())
+    base.__dict__.pop("peft_config", None)
+
+
+def _take_state(root: Path, method: Method, state: Mapping[str, Tensor]) -> None:
+    try:
+        method.load_state_dict(state)
+    except ValueError as error:
+        raise CheckpointError(f"{root / STATE}: {error}") from None
+
+
+def _select(root: Path, learner: ContinualLora) -> None:
+    method = learner.method
+    try:
+        method.select(None)
+    except Exception as error:  # whatever a method trips over in a state that is none of its own
+        learner._inference.detach()
+        raise CheckpointError(
+            f"{root / STATE}: method {method.name!r} cannot go on from what it holds ({type(error).__name__}: "
+            f"{error}); restore it from a copy"
+        ) from None
 
 
 def _with_adapter(model: nn.Module, root: Path, adapter: str) -> nn.Module:
@@ -164,7 +369,12 @@ def _with_adapter(model: nn.Module, root: Path, adapter: str) -> nn.Module:
     return PeftModel.from_pretrained(model, str(root), adapter_name=adapter, is_trainable=True)
 
 
-def _match(root: Path, saved: dict[str, Any], layers: list[AdapterLayer], factors: dict[str, Tensor]) -> Factors:
+def _match(
+    root: Path,
+    saved: Mapping[str, list[int | float]],
+    layers: list[AdapterLayer],
+    factors: Mapping[str, tuple[Tensor, Tensor]],
+) -> Factors:
     """The stored factors in the order of the model's layers, when every layer is there and fits."""
     wanted, found = set(saved), {layer.name for layer in layers}
     if wanted != found:
@@ -175,13 +385,18 @@ def _match(root: Path, saved: dict[str, Any], layers: list[AdapterLayer], factor
         )
     merged = Factors()
     for layer in layers:
-        A, B = (factors[f"{_peft_key(layer.name)}.lora_{f}.weight"] for f in "AB")
+        A, B = factors[_peft_key(layer.name)]
         if A.shape[1] != layer.A.shape[1] or B.shape[0] != layer.B.shape[0]:
             raise CheckpointError(
                 f"{root}: {layer.name} is {B.shape[0]}×{A.shape[1]} there and {layer.B.shape[0]}×{layer.A.shape[1]} in "
                 "the model; load into the model it was trained on"
             )
-        if abs(layer.scale - saved[layer.name][3]) > 1e-6 * abs(layer.scale):
+        if torch.promote_types(A.dtype, layer.A.dtype) != layer.A.dtype:
+            raise CheckpointError(
+                f"{root}: {layer.name} is {A.dtype} there and {layer.A.dtype} in the model's adapter, which would "
+                f"round it; load into an adapter of {A.dtype}"
+            )
+        if not math.isclose(layer.scale, saved[layer.name][3], rel_tol=1e-6):
             raise CheckpointError(
                 f"{root}: {layer.name} has scale {saved[layer.name][3]} there and {layer.scale} in the model's "
                 "adapter; give both the same lora_alpha / r"
@@ -192,11 +407,4 @@ def _match(root: Path, saved: dict[str, Any], layers: list[AdapterLayer], factor
 
 
 def _peft_key(name: str) -> str:
-    return name if name.startswith("base_model.model.") else f"base_model.model.{name}"
-
-
-def _tensors(path: Path) -> dict[str, Tensor]:
-    try:
-        return load_file(path)
-    except SafetensorError as error:
-        raise CheckpointError(f"{path} is damaged ({error}); restore it from a copy") from None
+    return name if name.startswith(PREFIX) else f"{PREFIX}{name}"

@@ -2,22 +2,34 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
+import math
+from collections.abc import Container, Iterable, Iterator, Sequence
+from typing import TYPE_CHECKING, Any
 
 import torch
+from torch import Tensor
 
 from mbf.methods import Batches, Factors
+from mbf.peft.sharded import is_sharded, whole
 
 if TYPE_CHECKING:
     from mbf.continual.learner import ContinualLora
+
+_WAY_OUT = "the merged LoRA is as it was. Lower the learning rate, clip gradients, or train in a wider dtype"
+_SHOWN = 3  # layers that an error names
 
 
 class TaskError(RuntimeError):
     """A task could not begin or end; the merged LoRA is as it was before."""
 
 
-class NonFiniteAdapterError(TaskError):
-    """A task left inf or NaN in the adapter; names the task and the layers."""
+class DivergedError(TaskError):
+    """The numbers of a task went bad, so it is refused: a loss, gradient or adapter with inf or NaN, or an adapter that
+    exploded. Names the task, the step or the layers, and the value found."""
+
+
+class NonFiniteAdapterError(DivergedError):
+    """A task left inf or NaN in the adapter; names the task, the layers and the values."""
 
 
 def check_can_begin(learner: ContinualLora, name: str, i: int, data: Batches | None) -> None:
@@ -26,7 +38,10 @@ def check_can_begin(learner: ContinualLora, name: str, i: int, data: Batches | N
     if learner.current_task is not None:
         raise TaskError(f"task {learner.current_task!r} is in progress; end or abandon it before {name!r} begins")
     if method.joint and learner.history:
-        raise TaskError(f"method {method.name!r} learns all tasks at once: task {i} {name!r} cannot follow")
+        raise TaskError(
+            f"method {method.name!r} learns all tasks at once: task {i} {name!r} cannot follow; give it all data "
+            "in one task, or take another method"
+        )
     if method.needs_data and data is None:
         raise TaskError(f"method {method.name!r} takes statistics of the task: call task({name!r}, data=batches)")
     for layer in learner.layers:
@@ -70,14 +85,9 @@ def check_can_adopt(learner: ContinualLora) -> None:
 
 def check_finite_parameters(learner: ContinualLora, what: str) -> None:
     """Raise NonFiniteAdapterError if a parameter of the method's own has inf or NaN."""
-    for name, parameters in learner.method.learned.items():
-        for n, parameter in enumerate(parameters):
-            if not bool(torch.isfinite(parameter).all()):
-                where = learner.layers[n].name if len(parameters) == len(learner.layers) else f"number {n}"
-                raise NonFiniteAdapterError(
-                    f"{what} inf or NaN in {name} of {where}; the merged LoRA is as it was. Lower the learning rate, "
-                    "clip gradients, or train in a wider dtype."
-                )
+    for name, parameter in _own(learner):
+        if not bool(torch.isfinite(parameter).all()):
+            raise NonFiniteAdapterError(f"{what} inf or NaN in {name}: {_bad_values([parameter])}; {_WAY_OUT}.")
 
 
 def check_same(learner: ContinualLora, factors: Factors, what: str) -> None:
@@ -97,14 +107,151 @@ def check_same(learner: ContinualLora, factors: Factors, what: str) -> None:
 
 def check_finite(learner: ContinualLora, factors: Factors, what: str) -> None:
     """Raise NonFiniteAdapterError if A or B of a layer has inf or NaN in ``factors``, those of the adapter."""
-    bad = [
-        f"{layer.name} ({' and '.join(names)})"
-        for layer, A, B in zip(learner.layers, factors.A, factors.B, strict=True)
-        if (names := [n for n, t in (("A", A), ("B", B)) if not bool(torch.isfinite(t).all())])
-    ]
+    bad = []
+    for layer, A, B in zip(learner.layers, factors.A, factors.B, strict=True):
+        found = {name: t for name, t in (("A", A), ("B", B)) if not bool(torch.isfinite(t).all())}
+        if found:
+            bad.append(f"{layer.name} ({' and '.join(found)}): {_bad_values(found.values())}")
     if bad:
-        more = f" and {len(bad) - 3} more layers" if len(bad) > 3 else ""
-        raise NonFiniteAdapterError(
-            f"{what} inf or NaN in {', '.join(bad[:3])}{more}; the merged LoRA is as it was. Lower the learning "
-            "rate, clip gradients, or train in a wider dtype."
+        raise NonFiniteAdapterError(f"{what} inf or NaN in {_listed(bad)}; {_WAY_OUT}.")
+
+
+# -- the size of the adapter -------------------------------------------------------------------------------------------
+
+
+def gains(learner: ContinualLora, factors: Factors) -> Tensor:
+    """float64 [layers]: s·‖B A‖_F / √d_out of ``factors``, the RMS of what a layer's adapter adds to its output where
+    the RMS of its input is 1.
+
+    ‖B A‖_F² = Σ (BᵀB ∘ A Aᵀ), so B A is not formed. In fp64, as fp32 would overflow where it matters most.
+    """
+    squares = []
+    for layer, A, B in zip(learner.layers, factors.A, factors.B, strict=True):
+        A, B = A.double(), B.double()
+        scaled = float(layer.scale) ** 2 / len(B)
+        squares.append(scaled * ((B.mT @ B) * (A @ A.mT)).sum().to(learner.layers[0].A.device))
+    return torch.stack(squares).clamp_(min=0).sqrt_()  # rounding may leave a zero below zero
+
+
+def check_gains(learner: ContinualLora, factors: Factors, what: str) -> None:
+    """Raise DivergedError if the adapter of a layer with ``factors`` is larger than ``learner.max_norm`` allows."""
+    if learner.max_norm is None:
+        return
+    found = gains(learner, factors)
+    over = (found > learner.max_norm).nonzero()[:, 0].tolist()
+    if over:
+        values = found.tolist()
+        over.sort(key=lambda n: -values[n])
+        shown = [_size(learner.layers[n].name, values[n], learner.max_norm, len(factors.B[n])) for n in over]
+        raise DivergedError(
+            f"{what} an adapter that exploded: {_listed(shown)}; {_WAY_OUT}; or, if it is meant to be so large, give "
+            f"ContinualLora another max_norm than {learner.max_norm:g} (None: no limit)."
         )
+
+
+def _size(name: str, gain: float, limit: float, d_out: int) -> str:
+    root = math.sqrt(d_out)
+    return f"{name} with s·‖BA‖ = {gain * root:.3g}, wanted at most {limit * root:.3g} (max_norm·√d_out)"
+
+
+# -- a step of training ------------------------------------------------------------------------------------------------
+
+
+def check_step(
+    learner: ContinualLora,
+    step: int,
+    loss: Tensor | float | None,
+    *,
+    together: bool,
+    among: Container[int] | None = None,
+) -> None:
+    """Raise DivergedError if the loss, or a gradient of what the task trains, has inf or NaN.
+
+    One fused pass over the gradients, and one value that the host waits for; more only where something is wrong.
+
+    Args:
+        learner: in a task.
+        step: the coming optimiser step, from 1, for the error.
+        loss: of this process, a number; None leaves it out.
+        together: whether the processes decide by what all of them have; then each must call this. Where gradients are
+            in parts (FSDP2) they always do.
+        among: ``id`` of the parameters to look at; default all that the task trains.
+    """
+    parameters = [p for p in _trained(learner) if p.grad is not None and (among is None or id(p) in among)]
+    sizes = [_norms(_parts(parameters))] if parameters else []
+    if loss is not None:
+        device = sizes[0].device if sizes else learner.layers[0].A.device
+        sizes.insert(0, torch.as_tensor(loss, device=device).detach().float().reshape(1))
+    if not sizes:
+        return
+    together = together or any(layer.sharded for layer in learner.layers)
+    values = torch.cat(sizes)
+    if together:
+        values = learner.replicas.total(values)  # a sum keeps inf and NaN
+    if bool(torch.isfinite(values).all()):
+        return
+    where = f"task {learner.task_index} {learner.current_task!r}, step {step}:"
+    if loss is not None and not math.isfinite(found := float(values[0])):
+        raise DivergedError(f"{where} the loss is {found}, wanted a finite number; {_WAY_OUT}.")
+    counts = torch.stack([(~part.isfinite()).sum().to(values.device, torch.float32) for part in _parts(parameters)])
+    counts = learner.replicas.total(counts) if together else counts
+    bad = [p for p, count in zip(parameters, counts.tolist(), strict=True) if count]
+    if not bad:
+        return  # only their squares are too large for fp32
+    first = bad[0].grad
+    assert first is not None
+    names = {id(p): name for name, p in _named(learner)}
+    more = f" (and in {len(bad) - 1} more of {len(parameters)} gradients)" if len(bad) > 1 else ""
+    raise DivergedError(
+        f"{where} inf or NaN in the gradient of {names[id(bad[0])]}: {_bad_values([whole(first)])}{more}; {_WAY_OUT}."
+    )
+
+
+def _parts(parameters: Iterable[Tensor]) -> list[Tensor]:
+    """The gradients, of those that are sharded this process's part."""
+    gradients: list[Any] = [p.grad for p in parameters]
+    return [g.to_local() if is_sharded(g) else g.detach() for g in gradients]
+
+
+def _norms(tensors: list[Tensor]) -> Tensor:
+    """float32 [tensors]: 2-norms, computed in fp32 at least. The largest magnitude would not overflow, and takes ten
+    times as long on a CPU."""
+    dtype = torch.float64 if any(t.dtype is torch.float64 for t in tensors) else torch.float32
+    device = tensors[0].device
+    return torch.stack([norm.to(device, torch.float32) for norm in torch._foreach_norm(tensors, 2, dtype=dtype)])
+
+
+def _trained(learner: ContinualLora) -> Iterator[Tensor]:
+    for layer in learner.layers:
+        yield layer.A
+        yield layer.B
+    for parameters in learner.method.learned.values():
+        yield from parameters
+
+
+def _named(learner: ContinualLora) -> Iterator[tuple[str, Tensor]]:
+    for layer in learner.layers:
+        yield f"A of {layer.name}", layer.A
+        yield f"B of {layer.name}", layer.B
+    yield from _own(learner)
+
+
+def _own(learner: ContinualLora) -> Iterator[tuple[str, Tensor]]:
+    """The method's own parameters, with the layer of each where there is one a layer."""
+    for name, parameters in learner.method.learned.items():
+        for n, parameter in enumerate(parameters):
+            where = learner.layers[n].name if len(parameters) == len(learner.layers) else f"number {n}"
+            yield f"{name} of {where}", parameter
+
+
+def _bad_values(tensors: Iterable[Tensor]) -> str:
+    """``3 nan, 1 -inf of 128 values``."""
+    flat = torch.cat([t.detach().reshape(-1) for t in tensors])
+    counts = {"nan": flat.isnan(), "inf": flat == math.inf, "-inf": flat == -math.inf}
+    found = [f"{count} {name}" for name, mask in counts.items() if (count := int(mask.sum()))]
+    return f"{', '.join(found) or 'none here, but on another process,'} of {flat.numel()} values"
+
+
+def _listed(bad: Sequence[str]) -> str:
+    more = f" and {len(bad) - _SHOWN} more layers" if len(bad) > _SHOWN else ""
+    return ", ".join(bad[:_SHOWN]) + more

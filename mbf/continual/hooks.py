@@ -10,6 +10,7 @@ from torch import nn
 from torch.optim.optimizer import Optimizer, register_optimizer_step_post_hook, register_optimizer_step_pre_hook
 from torch.utils.hooks import RemovableHandle
 
+from mbf.continual.checks import check_step
 from mbf.methods import Method
 
 if TYPE_CHECKING:
@@ -21,11 +22,15 @@ class TrainingHooks:
 
     The penalty of ``loss_extra`` is differentiated here, once an optimiser step, and added to the gradients: it counts
     once whatever the gradient accumulation, and is not part of what a loop clips before the step.
+
+    Gradients with inf or NaN are refused before the optimiser takes them. Those that a GradScaler finds never come
+    here, as it skips the step; optimisers that skip it themselves, told by ``found_inf``, are left to do so.
     """
 
     def __init__(self, learner: ContinualLora) -> None:
         self.learner = learner
         self.steps = 0
+        self.checked = -1  # what ``steps`` was when the loop had the gradients checked by itself
         self._handles: list[RemovableHandle] = []
 
     def attach(self) -> None:
@@ -66,6 +71,10 @@ class TrainingHooks:
         if penalty is not None and penalty.requires_grad:
             _add_gradient(penalty, [p for group in optimizer.param_groups for p in group["params"] if p.requires_grad])
         with torch.no_grad():
+            if getattr(optimizer, "found_inf", None) is None and (penalty is not None or self.checked != self.steps):
+                # Not those of another optimiser, which a GradScaler may still have to look at.
+                its = {id(p) for group in optimizer.param_groups for p in group["params"]}
+                check_step(self.learner, self.steps + 1, None, together=False, among=its)
             self.learner.method.after_backward()
 
     def _after_step(self, optimizer: Optimizer, args: Any, kwargs: Any) -> None:

@@ -21,7 +21,9 @@ from mbf.continual.checks import (
     check_can_begin,
     check_finite,
     check_finite_parameters,
+    check_gains,
     check_same,
+    check_step,
 )
 from mbf.continual.hooks import TrainingHooks
 from mbf.continual.replicas import Replicas
@@ -35,6 +37,8 @@ if TYPE_CHECKING:
     from torch.distributed import ProcessGroup
 
 logger = logging.getLogger("mbf")
+
+MAX_NORM = 1000.0
 
 
 @dataclass(frozen=True)
@@ -74,10 +78,14 @@ class ContinualLora:
         process_group: the processes that train this adapter together (DDP, FSDP2); default all of torch.distributed,
             if it is in use. Each of them must make the learner and begin and end every task; all get the adapter of
             the first. False for processes that train adapters of their own.
+        max_norm: a task is refused where s·‖B A‖_F of a layer, trained or merged, is above ``max_norm``·√d_out, which
+            needs neither W nor B A: that is the RMS of what the adapter adds to an output where the RMS of the input
+            is 1. Base weights have about 1 to 10, adapters less; one that diverged soon has millions. None: no limit.
         **options: the method's options.
 
     Raises:
-        ValueError: unknown method, or an adapter that no merge rule covers (DoRA, lora_bias, modules_to_save, ...).
+        ValueError: unknown method, ``max_norm`` not above 0, or an adapter that no merge rule covers (DoRA, lora_bias,
+            modules_to_save, ...).
         pydantic.ValidationError: unknown or wrong options.
 
     Between tasks the adapter *is* the merged LoRA: evaluate it, ``save_pretrained`` it, push it. Inside a task it is
@@ -98,8 +106,11 @@ class ContinualLora:
         learnt: str | Literal[False] | None = None,
         fuse: bool = True,
         process_group: ProcessGroup | Literal[False] | None = None,
+        max_norm: float | None = MAX_NORM,
         **options: Any,
     ) -> None:
+        if max_norm is not None and not max_norm > 0:
+            raise ValueError(f"max_norm: found {max_norm!r}, wanted a number above 0, or None for no limit")
         if isinstance(method, Method) and options:
             raise ValueError(
                 f"options {sorted(options)} come with a method that is built already; pass its name instead"
@@ -111,6 +122,7 @@ class ContinualLora:
         self.method.layers, self.method.model = self.layers, model
         if fuse and not is_fused(model):
             logger.info("%s", str(fuse_layers(model)).splitlines()[0])
+        self.max_norm = max_norm
         self.replicas = Replicas(process_group)
         self.method.total = self.replicas.total
         self.history: list[TaskRecord] = []
@@ -214,11 +226,30 @@ class ContinualLora:
         self.method.load_state_dict(method_state)
         active.hooks.steps = steps
 
+    def check_step(self, loss: Tensor | float | None = None) -> None:
+        """Refuse the task in progress now if the loss or a gradient has inf or NaN; for loops, before they clip.
+
+        The gradients are checked before every optimiser step in any case. But clipping spreads what is bad over all of
+        them, and the loss is the loop's. Of several processes each must call this, and all decide alike. Not for
+        gradients that a GradScaler has scaled: it skips such steps.
+
+        Args:
+            loss: a number; None leaves it out.
+
+        Raises:
+            DivergedError: names the task, the step, and the loss or the first layer with its values. The task is still
+                in progress; leaving ``task`` by the error undoes it.
+        """
+        active = self._require_active("check_step")
+        check_step(self, active.hooks.steps + 1, loss, together=True)
+        active.hooks.checked = active.hooks.steps
+
     def end_task(self, data: Batches | None = None) -> None:
         """Merge what was learnt: afterwards the adapter is the merged LoRA.
 
         Raises:
             NonFiniteAdapterError: the trained or the merged LoRA has inf or NaN; the task is undone.
+            DivergedError: it is larger than ``max_norm`` allows; the task is undone.
             TaskError: no task is in progress; or the processes that train together hold different adapters, and the
                 task is undone.
         """
@@ -228,6 +259,7 @@ class ContinualLora:
             trained, what = self.method.current, f"task {active.index} {active.name!r} left"
             check_same(self, trained, what)
             check_finite(self, trained, what)
+            check_gains(self, trained, what)
             del trained
             if not active.hooks.steps:
                 warnings.warn(
@@ -242,7 +274,10 @@ class ContinualLora:
                 self.method.after_task(active.index, data)
             self._forget_learned()
             self._share()
-            check_finite(self, self.method.current, f"merging task {active.index} {active.name!r} gave")
+            merged, what = self.method.current, f"merging task {active.index} {active.name!r} gave"
+            check_finite(self, merged, what)
+            check_gains(self, merged, what)
+            del merged
             self.method.select(None)
         except BaseException:
             self.abandon_task()
@@ -254,7 +289,10 @@ class ContinualLora:
         self._active = None
 
     def abandon_task(self) -> None:
-        """Undo the task in progress: the adapter and the method's state are again what they were before it."""
+        """Undo the task in progress: the adapter and the method's state are again what they were before it.
+
+        Gradients of the adapter are dropped, as they may be what was wrong with it.
+        """
         active = self._require_active("abandon_task")
         active.hooks.detach()
         self.method.route(None)
@@ -262,6 +300,8 @@ class ContinualLora:
         self.method.state = active.state
         with torch.no_grad():
             self.method.write(active.merged)
+        for layer in self.layers:
+            layer.A.grad = layer.B.grad = None
         sync_config(self.model, self.adapter)
         self._restore_requires_grad(active)
         self._active = None
@@ -302,7 +342,8 @@ class ContinualLora:
         if self._active is None:
             if weight is not None:
                 raise TaskError(
-                    "merged_view(weight) needs a task in progress: between tasks the merge is written already"
+                    "merged_view(weight) needs a task in progress: between tasks the merge is written already; call it "
+                    "inside of learner.task, or without a weight"
                 )
             yield self.model
             return
@@ -347,6 +388,7 @@ class ContinualLora:
         *,
         fuse: bool = True,
         process_group: ProcessGroup | Literal[False] | None = None,
+        max_norm: float | None = MAX_NORM,
         **options: Any,
     ) -> ContinualLora:
         """Restore a learner that ``save`` wrote.
@@ -356,12 +398,15 @@ class ContinualLora:
             directory: where it was saved.
             fuse: as in ``ContinualLora``.
             process_group: as in ``ContinualLora``; the number of processes may be another one.
+            max_norm: as in ``ContinualLora``; it is not stored.
             **options: values for options that cannot be stored (a callable schedule).
 
         Raises:
             checkpoint.CheckpointError: missing, damaged or foreign files, or another model; nothing has changed then.
         """
-        return checkpoint.load(cls, model, directory, fuse, process_group, options)
+        learner = checkpoint.load(cls, model, directory, fuse, process_group, options)
+        learner.max_norm = max_norm
+        return learner
 
     def export(self, directory: str | PathLike[str]) -> None:
         """Write the result as an adapter for plain PEFT; the learner stays as it is.

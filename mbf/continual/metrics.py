@@ -3,6 +3,11 @@
 ``a[i,t]`` is the score on task i after learning task t, both counted from 1; T is the number of tasks. Code bases
 divide differently, so every measure has its formula in ``FORMULAS``, to be printed beside the number, and the whole
 matrix is stored. A measure that lacks an entry it needs is None, never a number made from what happens to be there.
+
+A task that was skipped (its training diverged, say) has a column, of what was learned before, and a row, as it is a
+task that the one adapter is asked to do. So it counts in AA like any other. It has no score of the moment when it was
+learned: BWT and forgetting are means over the tasks learned, but for the last of them. FWT is the mean over all tasks
+after the first that was learned.
 """
 
 from __future__ import annotations
@@ -14,7 +19,16 @@ from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from typing import Annotated, Any, Literal
 
-from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
+from pydantic import (
+    BaseModel,
+    ConfigDict,
+    Field,
+    SerializerFunctionWrapHandler,
+    ValidationError,
+    field_validator,
+    model_serializer,
+    model_validator,
+)
 
 FORMULAS: dict[str, str] = {
     "AA": "average accuracy = mean over i of a[i,T]",
@@ -41,6 +55,7 @@ class ScoreMatrix(BaseModel):
         scores: T lists of T: ``scores[i][t]`` is a[i+1,t+1] in percent, 0 to 100; None (or NaN on input) where not
             evaluated. Learning all tasks at once fills the last column only.
         zero_shot: T scores of the model before the first task; all None by default.
+        skipped: those of ``tasks`` that were not learned; not written where there are none.
 
     Raises:
         pydantic.ValidationError (a ValueError): names not distinct, shapes that do not fit, scores out of range.
@@ -52,6 +67,12 @@ class ScoreMatrix(BaseModel):
     tasks: tuple[str, ...]
     scores: list[list[Percent | None]]
     zero_shot: list[Percent | None] = []
+    skipped: tuple[str, ...] = ()
+
+    @model_serializer(mode="wrap")
+    def _without_empty(self, handler: SerializerFunctionWrapHandler) -> dict[str, Any]:
+        data: dict[str, Any] = handler(self)
+        return data if self.skipped else {key: value for key, value in data.items() if key != "skipped"}
 
     @model_validator(mode="before")
     @classmethod
@@ -89,6 +110,8 @@ class ScoreMatrix(BaseModel):
             self.zero_shot.extend([None] * count)
         if len(self.zero_shot) != count:
             raise ValueError(f"zero_shot has {len(self.zero_shot)} entries, wanted {count}, one a task")
+        if unknown := [name for name in self.skipped if name not in self.tasks]:
+            raise ValueError(f"skipped has {unknown[0]!r}, wanted names of tasks: {', '.join(self.tasks)}")
         return self
 
     @classmethod
@@ -118,6 +141,11 @@ class ScoreMatrix(BaseModel):
     # -- measures; indices here count from 0 -------------------------------------------------------------------------
 
     @property
+    def learned(self) -> list[int]:
+        """Indices of the tasks that were not skipped."""
+        return [i for i, name in enumerate(self.tasks) if name not in self.skipped]
+
+    @property
     def final(self) -> dict[str, float | None]:
         """a[i,T] by task name."""
         return {name: row[-1] for name, row in zip(self.tasks, self.scores, strict=True)}
@@ -141,31 +169,32 @@ class ScoreMatrix(BaseModel):
 
     @property
     def bwt(self) -> float | None:
-        """BWT = mean_{i<T} (a[i,T] − a[i,i])."""
-        return _mean(_minus(self.scores[i][-1], self.scores[i][i]) for i in range(len(self.tasks) - 1))
+        """BWT = mean_{i<T} (a[i,T] − a[i,i]), over the tasks learned, T the last of them."""
+        return _mean(_minus(self.scores[i][-1], self.scores[i][i]) for i in self.learned[:-1])
 
     @property
     def fwt(self) -> float | None:
-        """FWT = mean_{i>1} (a[i,i−1] − zero-shot_i)."""
-        return _mean(_minus(self.scores[i][i - 1], self.zero_shot[i]) for i in range(1, len(self.tasks)))
+        """FWT = mean_{i>1} (a[i,i−1] − zero-shot_i), 1 the first task learned; what was skipped after it counts."""
+        after_first = range(self.learned[0] + 1, len(self.tasks)) if self.learned else ()
+        return _mean(_minus(self.scores[i][i - 1], self.zero_shot[i]) for i in after_first)
 
     @property
     def forgetting_by_task(self) -> dict[str, float | None]:
         """Forgetting_i = max_t a[i,t] − a[i,T] by task name.
 
-        The maximum is over every evaluated t; it is undefined unless all t ≥ i were evaluated, and where all tasks were
-        learned at once.
+        The maximum is over every evaluated t; it is undefined unless all t ≥ i were evaluated, where all tasks were
+        learned at once, and for a task that was skipped.
         """
         return {name: self._forgetting(i) for i, name in enumerate(self.tasks)}
 
     @property
     def forgetting(self) -> float | None:
-        """mean_{i<T} Forgetting_i."""
-        return _mean(self._forgetting(i) for i in range(len(self.tasks) - 1))
+        """mean_{i<T} Forgetting_i, over the tasks learned, T the last of them."""
+        return _mean(self._forgetting(i) for i in self.learned[:-1])
 
     def _forgetting(self, i: int) -> float | None:
         row = self.scores[i]
-        if self.joint or any(score is None for score in row[i:]):
+        if self.joint or self.tasks[i] in self.skipped or any(score is None for score in row[i:]):
             return None
         return _minus(max(score for score in row if score is not None), row[-1])
 
@@ -184,13 +213,14 @@ class ScoreMatrix(BaseModel):
         try:
             return cls.model_validate_json(text)
         except ValidationError as error:
-            raise ValueError(f"not a score matrix in JSON: {first_error(error)}") from None
+            raise ValueError(f"not a score matrix in JSON: {first_error(error)}; give what to_json wrote") from None
 
     def to_csv(self) -> str:
-        """One row a task in learning order, one column "after <task>" a task; missing entries are empty."""
+        """One row a task in learning order, one column "after <task>" a task, "skipped <task>" where it was not
+        learned; missing entries are empty."""
         out = io.StringIO()
         writer = csv.writer(out, lineterminator="\n")
-        writer.writerow(["task", "zero-shot", *(f"after {name}" for name in self.tasks)])
+        writer.writerow(["task", "zero-shot", *(_column(name, name in self.skipped) for name in self.tasks)])
         for name, zero, row in zip(self.tasks, self.zero_shot, self.scores, strict=True):
             writer.writerow([name, *("" if score is None else repr(score) for score in (zero, *row))])
         return out.getvalue()
@@ -205,11 +235,12 @@ class ScoreMatrix(BaseModel):
         try:
             header, *rows = [row for row in csv.reader(io.StringIO(text.removeprefix("\ufeff"))) if row] or [[]]
         except csv.Error as error:
-            raise ValueError(f"not a score matrix in CSV: {error}") from None
-        wanted = ["task", "zero-shot", *(f"after {row[0]}" for row in rows)]
+            raise ValueError(f"not a score matrix in CSV: {error}; give what to_csv wrote") from None
+        skipped = tuple(row[0] for row in rows if _column(row[0], True) in header[2:])
+        wanted = ["task", "zero-shot", *(_column(row[0], row[0] in skipped) for row in rows)]
         if header != wanted:
             raise ValueError(
-                f"not a score matrix in CSV: the header is {','.join(header)!r}, wanted {','.join(wanted)!r}: "
+                f"not a score matrix in CSV: the header is {','.join(header)!r}; wanted is {','.join(wanted)!r}, "
                 "a column for each row's task, in the same order"
             )
         for row in rows:
@@ -223,9 +254,10 @@ class ScoreMatrix(BaseModel):
                 tasks=tuple(row[0] for row in rows),
                 zero_shot=[row[0] for row in values],
                 scores=[row[1:] for row in values],
+                skipped=skipped,
             )
         except ValidationError as error:
-            raise ValueError(f"not a score matrix in CSV: {first_error(error)}") from None
+            raise ValueError(f"not a score matrix in CSV: {first_error(error)}; give what to_csv wrote") from None
 
 
 @dataclass(frozen=True)
@@ -285,14 +317,24 @@ def _spread(task: str, orders: Sequence[Sequence[ScoreMatrix]]) -> float | None:
     return max(known) - min(known) if len(known) == len(orders) > 1 else None
 
 
-def first_error(error: ValidationError) -> str:
+MALFORMED = (ValidationError, UnicodeEncodeError)
+"""What pydantic raises for values that came from JSON: the second for half a surrogate pair, in some places."""
+
+
+def first_error(error: ValidationError | UnicodeEncodeError) -> str:
     """The first complaint of pydantic as one line: where, what, and the value found."""
+    if isinstance(error, UnicodeEncodeError):
+        return f"text that is no Unicode: {error}"
     first = error.errors()[0]
     where = ".".join(str(part) for part in first["loc"])
     if first["type"] in ("value_error", "json_invalid", "missing"):
         return f"{where}: {first['msg']}" if where else first["msg"].removeprefix("Value error, ")
     found = repr(first["input"])
-    return f"{where}: {first['msg']}, found {found if len(found) <= 80 else found[:77] + '...'}"
+    return f"{f'{where}: ' if where else ''}{first['msg']}, found {found if len(found) <= 80 else found[:77] + '...'}"
+
+
+def _column(task: str, skipped: bool) -> str:
+    return f"{'skipped' if skipped else 'after'} {task}"
 
 
 def _score(row: Sequence[str], n: int, column: str) -> float | None:

@@ -10,18 +10,15 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from peft import LoraConfig, PeftConfig
-from peft.utils.other import get_pattern_key
-from safetensors import SafetensorError
-from safetensors.torch import load_file, save_file
+from peft import LoraConfig
+from safetensors.torch import save_file
 from torch import Tensor, nn
 
 from mbf.continual.atomic import whole_directory
 from mbf.methods import Factors, Layer, Method, Options, available, get
 from mbf.ops import BranchTerms, rsvd
 from mbf.peft import describe_ranks
-
-_PREFIX = "base_model.model."
+from mbf.peft.stored import CONFIG, PREFIX, WEIGHTS, check_factors, read_config, read_tensors, scale_of
 
 
 class _StoredLayer:
@@ -124,7 +121,7 @@ def merge_adapters(
 
     Args:
         adapters: directories that ``save_pretrained`` wrote; at least one.
-        out: directory of the merged adapter, which plain PEFT loads. Replaced if it exists.
+        out: directory of the merged adapter, which plain PEFT loads. An adapter there is replaced in one step.
         method: a method whose merge needs nothing but the trained adapters.
         rank: the largest rank that a layer of the result may have; default: what the method gives.
         **options: the method's options, but for slao's ``rank``, which the adapters decide.
@@ -134,7 +131,9 @@ def merge_adapters(
 
     Raises:
         ValueError: an adapter is missing, not a LoRA, or does not fit the first one (layers, widths, ranks); a method
-            that cannot merge offline; rank < 1. Nothing is written then.
+            that cannot merge offline; rank < 1; an ``out`` that holds something else than an adapter. Nothing is
+            written then.
+        OSError: ``out`` cannot be written; an adapter that was there is whole.
     """
     if not adapters:
         raise ValueError("no adapter to merge; give the directories of one or more PEFT adapters")
@@ -146,7 +145,7 @@ def merge_adapters(
             f"method {method!r} merges with what it saw or learnt while training, which adapters on disk do not carry; "
             f"methods that need nothing else: {', '.join(n for n in available() if get(n).merges_alone)}"
         )
-    configs = [_config(Path(path)) for path in adapters]
+    configs = [read_config(Path(path)) for path in adapters]
     loaded = [_layers(Path(path), config) for path, config in zip(adapters, configs, strict=True)]
     layers, ranks = loaded[0], [layer.A.shape[0] for layer in loaded[0]]
     for path, other in zip(adapters[1:], loaded[1:], strict=True):
@@ -214,7 +213,7 @@ def _compress(layers: list[_StoredLayer], rank: int) -> tuple[Compressed, ...]:
             [(layer.B.data.to(w), layer.A.data.to(w)) for layer, w in zip(here, wide, strict=True)], all_of_them
         )
         for layer, (U, S, Vh) in zip(here, triples, strict=True):
-            before, name, values = layer.A.shape[0], layer.name.removeprefix(_PREFIX), S.double() * layer.scale
+            before, name, values = layer.A.shape[0], layer.name.removeprefix(PREFIX), S.double() * layer.scale
             root = S[:rank].sqrt()
             layer.write((root[:, None] * Vh[:rank]).to(layer.A.dtype), (U[:, :rank] * root).to(layer.B.dtype))
             lost = float(torch.linalg.vector_norm(values[rank:]))
@@ -223,49 +222,9 @@ def _compress(layers: list[_StoredLayer], rank: int) -> tuple[Compressed, ...]:
     return tuple(compressed[layer.name] for layer in layers if layer.name in compressed)
 
 
-def _config(path: Path) -> LoraConfig:
-    if not (path / "adapter_config.json").is_file():
-        raise ValueError(
-            f"{path} is not a PEFT adapter: adapter_config.json is missing; pass what save_pretrained wrote"
-        )
-    config = PeftConfig.from_pretrained(str(path))
-    if not isinstance(config, LoraConfig):
-        raise ValueError(f"{path} is a {config.peft_type} adapter; only LoRA adapters can be merged")
-    for name in ("use_dora", "lora_bias", "modules_to_save"):
-        if getattr(config, name, None):
-            raise ValueError(f"{path} was trained with {name}, which no merge rule covers; train without it")
-    return config
-
-
 def _layers(path: Path, config: LoraConfig) -> list[_StoredLayer]:
-    file = path / "adapter_model.safetensors"
-    if not file.is_file():
-        raise ValueError(f"{path}: adapter_model.safetensors is missing; save the adapter with safe_serialization=True")
-    try:
-        tensors = load_file(file)
-    except SafetensorError as error:
-        raise ValueError(f"{file} is damaged ({error}); restore it from a copy") from None
-    layers = []
-    for key in sorted(k for k in tensors if k.endswith(".lora_A.weight")):
-        name = key.removesuffix(".lora_A.weight")
-        A, B = tensors.pop(key), tensors.pop(f"{name}.lora_B.weight", None)
-        if B is None or A.ndim != 2 or not (torch.isfinite(A).all() and torch.isfinite(B).all()):
-            raise ValueError(f"{file}: {name} needs a finite lora_A [r, d_in] and lora_B [d_out, r]; train it anew")
-        layers.append(_StoredLayer(name, A, B, _scale(config, name, A.shape[0])))
-    if tensors or not layers:
-        raise ValueError(
-            f"{file} holds {next(iter(tensors), 'nothing')}, which is not a linear layer's lora_A or lora_B"
-        )
-    return layers
-
-
-def _scale(config: LoraConfig, name: str, r: int) -> float:
-    """s of a layer by PEFT's rule: lora_alpha (or its pattern) over r, or over √r for rslora."""
-    module = name.removeprefix(_PREFIX)
-    alpha_pattern: dict[str, float] = config.alpha_pattern or {}
-    key = get_pattern_key(list(alpha_pattern), module)
-    alpha = alpha_pattern.get(key, config.lora_alpha)
-    return float(alpha) / (r**0.5 if config.use_rslora else r)
+    factors = check_factors(read_tensors(path / WEIGHTS), config, path / WEIGHTS)
+    return [_StoredLayer(name, A, B, scale_of(config, name, A.shape[0])) for name, (A, B) in factors.items()]
 
 
 def _check_fits(first: Path, layers: list[_StoredLayer], path: Path, other: list[_StoredLayer]) -> None:
@@ -288,16 +247,16 @@ def _write(out: Path, layers: list[_StoredLayer], config: LoraConfig, changed: b
     if changed:
         ranks = {layer: layer.A.shape[0] for layer in layers}
         pairs = {
-            layer.name.removeprefix(_PREFIX): (r, layer.scale * (r**0.5 if config.use_rslora else r))
+            layer.name.removeprefix(PREFIX): (r, layer.scale * (r**0.5 if config.use_rslora else r))
             for layer, r in ranks.items()
         }
         for field, value in describe_ranks(pairs).items():
             setattr(config, field, value)
     config.inference_mode = True
-    with whole_directory(out) as temporary:
+    with whole_directory(out, mark=CONFIG) as temporary:
         tensors = {}
         for layer in layers:
             tensors[f"{layer.name}.lora_A.weight"] = layer.A.data.contiguous()
             tensors[f"{layer.name}.lora_B.weight"] = layer.B.data.contiguous()
-        save_file(tensors, temporary / "adapter_model.safetensors", metadata={"format": "pt"})
+        save_file(tensors, temporary / WEIGHTS, metadata={"format": "pt"})
         config.save_pretrained(str(temporary))

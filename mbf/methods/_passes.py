@@ -64,7 +64,10 @@ def input_moments(method: Method, data: Batches | None, *, skip: int = 0, limit:
     first = watch_inputs(method, data, add, skip=skip, limit=limit)
     distinct = sorted(sums)
     if not all(tokens.values()):
-        raise ValueError(f"method {method.name!r}: no token is left of the task's data after skipping {skip} a row")
+        raise ValueError(
+            f"method {method.name!r}: no token is left of the task's data after skipping {skip} a row; give longer "
+            "rows, or set skip=0"
+        )
     _check_called(method, {n for n, source in enumerate(first) if source in sums})
     return Moments(
         [sums[n] / tokens[n] for n in distinct], [distinct.index(n) for n in first], max(tokens.values(), default=0)

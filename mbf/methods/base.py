@@ -25,13 +25,14 @@ from __future__ import annotations
 import difflib
 import math
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import Any, ClassVar, Literal, Protocol
 
 import torch
 from pydantic import BaseModel, ConfigDict
 from torch import Tensor
 
+from mbf.methods._state import Factors, State, gather, spread
 from mbf.ops import BranchTerms, LoraTerms
 
 Grade = Literal["CODE", "NOTE", "3RD", "ABS", "standard", "paper"]
@@ -120,20 +121,6 @@ class MethodInfo:
     source: str = ""
 
 
-@dataclass
-class Factors:
-    """A and B of every layer, in the order of ``Method.layers``."""
-
-    A: list[Tensor] = field(default_factory=list)
-    B: list[Tensor] = field(default_factory=list)
-
-    def clone(self) -> Factors:
-        return Factors([a.detach().clone() for a in self.A], [b.detach().clone() for b in self.B])
-
-    def bytes(self) -> int:
-        return sum(t.numel() * t.element_size() for t in (*self.A, *self.B))
-
-
 class Method:
     """Base of every method; the defaults are plain sequential fine-tuning.
 
@@ -180,7 +167,7 @@ class Method:
         self.terms: Callable[[Layer], BranchTerms] | None = None
         self.learned: dict[str, list[torch.nn.Parameter]] = {}
         self.total: Callable[[Tensor], Tensor] = _alone
-        self.state: dict[str, Factors | Tensor | list[Tensor] | float | int] = {}
+        self.state: State = {}
         self._places: dict[str, int] = {}
 
     # -- the adapter as lists over all layers, the form that the batched operators take ------------------------------
@@ -298,17 +285,7 @@ class Method:
         Inside a task also what the method learns, as ``learned/name.0``.
         """
         flat = {f"{_LEARNED}{key}.{n}": p.detach() for key, ps in self.learned.items() for n, p in enumerate(ps)}
-        for key, value in self.state.items():
-            if isinstance(value, Factors):
-                flat |= {f"{key}.A.{n}": t for n, t in enumerate(value.A)}
-                flat |= {f"{key}.B.{n}": t for n, t in enumerate(value.B)}
-            elif isinstance(value, list):
-                flat |= {f"{key}.{n}": t for n, t in enumerate(value)}
-            elif isinstance(value, Tensor):
-                flat[key] = value
-            else:
-                flat[f"{key}.number"] = torch.tensor(value, dtype=torch.float64 if isinstance(value, float) else None)
-        return flat
+        return flat | spread(self.state)
 
     def state_tensors(self) -> list[Tensor]:
         """The tensors of ``state`` themselves; numbers, which ``state_dict`` makes tensors of, are left out."""
@@ -318,7 +295,8 @@ class Method:
         """The inverse of ``state_dict``; parameters that the method learns, which it must have made, take their values.
 
         Raises:
-            ValueError: what is learned differs in names or shapes; nothing is changed.
+            ValueError: what is learned differs in names or shapes, or the rest is nothing that ``state_dict`` gives, or
+                is not finite; nothing is changed.
         """
         learned = {n.removeprefix(_LEARNED): t for n, t in flat.items() if n.startswith(_LEARNED)}
         own = {f"{key}.{n}": p for key, ps in self.learned.items() for n, p in enumerate(ps)}
@@ -327,20 +305,12 @@ class Method:
                 f"method {self.name!r} learns {sorted(own) or 'no parameters'} in this task, the checkpoint holds "
                 f"{sorted(learned) or 'none'}; go on with the options that it was begun with"
             )
+        try:
+            state = gather({n: t for n, t in flat.items() if not n.startswith(_LEARNED)})
+        except ValueError as error:
+            raise ValueError(f"the state of method {self.name!r} is damaged: {error}; restore it from a copy") from None
         for name, parameter in own.items():
             parameter.data.copy_(learned[name])
-        state: dict[str, Any] = {}
-        for name in sorted((n for n in flat if not n.startswith(_LEARNED)), key=_numeric_parts):
-            key, *rest = name.split(".")
-            match rest:
-                case []:
-                    state[key] = flat[name]
-                case ["number"]:
-                    state[key] = flat[name].item()
-                case ["A" | "B" as factor, _]:
-                    getattr(state.setdefault(key, Factors()), factor).append(flat[name])
-                case _:
-                    state.setdefault(key, []).append(flat[name])
         self.state = state
 
     def state_bytes(self) -> int:
@@ -361,7 +331,10 @@ def register(method: type[Method]) -> type[Method]:
 
     Raises:
         ValueError: another class has that name.
+        TypeError: it is no such class, or has no name.
     """
+    if not (isinstance(method, type) and issubclass(method, Method) and isinstance(getattr(method, "name", None), str)):
+        raise TypeError(f"method: got {method!r}; pass a subclass of mbf.methods.Method with a name")
     known = _METHODS.setdefault(method.name, method)
     if known is not method:
         raise ValueError(
@@ -380,13 +353,12 @@ def get(name: str) -> type[Method]:
 
     Raises:
         ValueError: no method has that name; the message lists those there are.
+        TypeError: the name is no string.
     """
+    if not isinstance(name, str):
+        raise TypeError(f"name: got {type(name).__name__}; pass the name of a method, one of {', '.join(available())}")
     if name not in _METHODS:
         close = difflib.get_close_matches(name, _METHODS, n=1)
         hint = f"; did you mean {close[0]!r}?" if close else ""
-        raise ValueError(f"method {name!r} is unknown{hint} (there are: {', '.join(available())})")
+        raise ValueError(f"method {name!r} is unknown{hint}; there are {', '.join(available())}")
     return _METHODS[name]
-
-
-def _numeric_parts(name: str) -> list[tuple[int, int, str]]:
-    return [(0, int(part), "") if part.isdigit() else (1, 0, part) for part in name.split(".")]

@@ -93,8 +93,8 @@ class AdapterLayer:
         d_in, d_out, r = self.A.shape[1], self.B.shape[0], A.shape[0]
         if A.shape != (r, d_in) or B.shape != (d_out, r) or r == 0:
             raise ValueError(
-                f"layer {self.name} takes A [r, {d_in}] and B [{d_out}, r] with one r ≥ 1, "
-                f"got A {list(A.shape)} and B {list(B.shape)}"
+                f"layer {self.name}: got A {list(A.shape)} and B {list(B.shape)}; they must be [r, {d_in}] and "
+                f"[{d_out}, r] with one r ≥ 1"
             )
         if self.sharded:
             if r != self.A.shape[0]:

@@ -76,7 +76,8 @@ class FusedForward(nn.Module):
         if routed:
             names = ", ".join(route.layer.name for adapter, route in routes.items() if adapter in active)
             raise RuntimeError(
-                f"layer {names} computes with replaced terms, which needs the fused forward, but {reason}"
+                f"layer {names} computes with replaced terms, which needs the fused forward, but {reason}; call it "
+                "as the fused layer takes it"
             )
         return self._stock(x, *args, **kwargs)
 

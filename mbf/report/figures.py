@@ -40,7 +40,8 @@ def heat_map(result: RunResult) -> Figure:
     matrix, count = result.matrix, len(result.order_tasks)
     with_zero = any(score is not None for score in matrix.zero_shot)
     columns = [[zero, *row] if with_zero else row for zero, row in zip(matrix.zero_shot, matrix.scores, strict=True)]
-    offset, names = int(with_zero), [_plain(shorten(name, 22)) for name in matrix.tasks]
+    offset = int(with_zero)
+    names = [_plain(shorten(name, 22)) + " (skipped)" * (name in matrix.skipped) for name in matrix.tasks]
     # Laid out by hand: a report can have a hundred of these, and automatic layout takes longer than drawing.
     left, right, top, bottom = 0.6 + 0.075 * max(len(name) for name in names), 0.95, 0.66, 0.72
     wide, high = max(0.58 * (count + offset), 2.6), 0.42 * count
@@ -56,7 +57,7 @@ def heat_map(result: RunResult) -> Figure:
         for t, score in enumerate(row):
             text = MISSING_TEXT if score is None else number(score)
             axes.text(t + 0.5, i + 0.5, text, ha="center", va="center", fontsize=8, color=heat(score)[1])
-        if not matrix.joint:
+        if not matrix.joint and i in matrix.learned:
             axes.add_patch(_outline(i + offset, i))
     axes.set_yticks([i + 0.5 for i in range(count)], [f"{name}  {n}" for n, name in enumerate(names, 1)], fontsize=8.5)
     named = count <= 5 and all(len(name) <= 9 for name in names)  # the rows say the names in any case
@@ -93,10 +94,12 @@ def accuracy_over_time(runs: ByLabel, look: Mapping[str, Look]) -> Figure:
     _panel_title(grid[0], "average of tasks so far", bold=True)
     for i, name in enumerate(tasks):
         axes = grid[i + 1]
-        axes.axvspan(-0.4, i + 1, color="#f5f5f3", zorder=0, linewidth=0)
-        axes.axvline(i + 1, color=_FAINT, linewidth=0.9, linestyle=(0, (1, 2)), zorder=1)
+        learned = any(name not in run.matrix.skipped for of in runs.values() for run in of)
+        axes.axvspan(-0.4, i + 1 if learned else len(tasks) + 0.4, color="#f5f5f3", zorder=0, linewidth=0)
+        if learned:
+            axes.axvline(i + 1, color=_FAINT, linewidth=0.9, linestyle=(0, (1, 2)), zorder=1)
         _draw_lines(axes, {label: _task_scores(of, i) for label, of in runs.items()}, look)
-        _panel_title(axes, f"{i + 1} · {_plain(shorten(name, 26))}")
+        _panel_title(axes, f"{i + 1} · {_plain(shorten(name, 26))}" + ("" if learned else " · skipped"))
     for n, axes in enumerate(grid):
         axes.set_visible(n < panels)
         axes.set_xlim(-0.4, len(tasks) + 0.4)

@@ -108,6 +108,11 @@ def notes(results: Iterable[RunResult]) -> list[str]:
     found: list[str] = []
     results = list(results)
     for run in results:
+        for task, reason in run.skipped.items():
+            found.append(
+                f"{run.cell}: {task} was skipped and not learned: {reason.removesuffix('.')}. AA counts its score all "
+                "the same; BWT and forgetting leave it out."
+            )
         missing = [name for name, score in run.matrix.final.items() if score is None]
         if missing:
             found.append(f"{run.cell}: no final score on {', '.join(missing)}, so AA is not defined.")

@@ -7,11 +7,21 @@ from collections.abc import Iterable
 from pathlib import Path
 from typing import Any, Literal
 
-from pydantic import BaseModel, ConfigDict, Field, NonNegativeFloat, NonNegativeInt, ValidationError, model_validator
+from pydantic import (
+    BaseModel,
+    ConfigDict,
+    Field,
+    NonNegativeFloat,
+    NonNegativeInt,
+    SerializerFunctionWrapHandler,
+    model_serializer,
+    model_validator,
+)
 
-from mbf.continual.metrics import SCHEMA_VERSION, ScoreMatrix, first_error
+from mbf.continual.metrics import MALFORMED, SCHEMA_VERSION, ScoreMatrix, first_error
 
 RESULT_FILE = "result.json"
+_WAY = "restore it from a copy, or remove it and `mbf resume` the run, which writes it again"
 
 
 class ResultError(ValueError):
@@ -40,7 +50,9 @@ class RunResult(BaseModel):
         order_tasks: task names in learning order; the same as ``matrix.tasks``.
         seed: the run's seed.
         matrix: scores in percent.
-        memory: one entry a task learned, in learning order; a single entry where all tasks were learned at once.
+        skipped: why a task was not learned, by task; not written where there are none.
+        memory: one entry a task learned or skipped, in learning order; a single entry where all tasks were learned at
+            once.
         train_seconds, train_tokens: wall-clock seconds and tokens trained on, entries as for ``memory``.
         method_options: the method's options that differ from its defaults, or all of them.
         versions: version by package name, None where not installed.
@@ -59,6 +71,7 @@ class RunResult(BaseModel):
     order_tasks: tuple[str, ...]
     seed: int
     matrix: ScoreMatrix
+    skipped: dict[str, str] = {}
     memory: list[TaskMemory] = []
     train_seconds: list[NonNegativeFloat] = []
     train_tokens: list[NonNegativeInt] = []
@@ -74,12 +87,22 @@ class RunResult(BaseModel):
             raise ValueError(
                 f"order_tasks is {', '.join(self.order_tasks)}, but the matrix is of {', '.join(self.matrix.tasks)}"
             )
+        if set(self.skipped) != set(self.matrix.skipped):
+            raise ValueError(
+                f"skipped has {', '.join(self.skipped) or 'no task'}, but the matrix "
+                f"{', '.join(self.matrix.skipped) or 'none'}"
+            )
         for name in ("memory", "train_seconds", "train_tokens"):
             if (found := len(getattr(self, name))) > len(self.order_tasks):
                 raise ValueError(
                     f"{name} has {found} entries for {len(self.order_tasks)} tasks; give one a task learned"
                 )
         return self
+
+    @model_serializer(mode="wrap")
+    def _without_empty(self, handler: SerializerFunctionWrapHandler) -> dict[str, Any]:
+        data: dict[str, Any] = handler(self)
+        return data if self.skipped else {key: value for key, value in data.items() if key != "skipped"}
 
     @property
     def cell(self) -> str:
@@ -132,13 +155,22 @@ def _result_files(path: Path) -> list[Path]:
 
 def _read(file: Path) -> RunResult:
     try:
-        data = json.loads(file.read_text(encoding="utf-8"))
-    except (OSError, ValueError) as error:
-        raise ResultError(f"{file} cannot be read as JSON: {error}") from None
+        data = json.loads(file.read_bytes())
+    except (OSError, ValueError, RecursionError) as error:
+        raise ResultError(f"{file} cannot be read as JSON: {error}; {_WAY}") from None
+    return parse_result(data, file)
+
+
+def parse_result(data: Any, file: Path) -> RunResult:
+    """The result that ``data``, of ``file``, is.
+
+    Raises:
+        ResultError: it is none, or of a newer version.
+    """
     version = data.get("schema_version") if isinstance(data, dict) else None
     if isinstance(version, int) and version > SCHEMA_VERSION:
         raise ResultError(f"{file} has schema_version {version}, this mbf reads {SCHEMA_VERSION}; update mbf")
     try:
         return RunResult.model_validate(data)
-    except ValidationError as error:
-        raise ResultError(f"{file} is not a result of a run: {first_error(error)}") from None
+    except MALFORMED as error:
+        raise ResultError(f"{file} is not a result of a run: {first_error(error)}; {_WAY}") from None

@@ -36,7 +36,7 @@ class SummaryRow:
 
     Scores are in percent over all runs of the label; ``adapter_bytes`` and ``state_bytes`` are what was measured after
     the last task (the largest over the runs); ``train_seconds`` is the sum over tasks of a run, ``task_seconds`` that
-    sum over the number of tasks; ``disparity`` is None where the orders have different tasks.
+    sum over the number of tasks learned; ``disparity`` is None where the orders have different tasks.
     """
 
     stream: str
@@ -89,7 +89,7 @@ def prepare(results: Iterable[RunResult]) -> list[RunResult]:
     """
     results = _distinct_labels(list(results))
     if not results:
-        raise ResultError("no results to report")
+        raise ResultError("no results to report; give at least one")
     cells: set[str] = set()
     tasks: dict[tuple[str, int], tuple[str, ...]] = {}
     for result in results:
@@ -169,7 +169,11 @@ def _row(runs: Sequence[RunResult]) -> SummaryRow:
         state_bytes=max((memory.state_bytes for memory in last), default=None),
         train_seconds=stat(lambda run: math.fsum(run.train_seconds) if run.train_seconds else None),
         task_seconds=stat(
-            lambda run: math.fsum(run.train_seconds) / len(run.order_tasks) if run.train_seconds else None
+            lambda run: (
+                math.fsum(run.train_seconds) / len(run.matrix.learned)
+                if run.train_seconds and run.matrix.learned
+                else None
+            )
         ),
         tokens_per_second=sum(n for run in timed for n in run.train_tokens) / seconds if seconds else None,
     )

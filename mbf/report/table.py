@@ -86,11 +86,21 @@ def _stat(value: Any, row: SummaryRow, *, sign: bool = False) -> str:
     return style.stat(value, row.runs, sign=sign, digits=1)
 
 
-def to_markdown(shown: Table, failed: Mapping[str, str]) -> str:
-    """A table of Markdown with its caption, and the cells that failed."""
+def skipped(results: Iterable[RunResult]) -> list[str]:
+    """A line for each task that a run did not learn, with the reason."""
+    return [f"{run.cell}: {task}: {reason}" for run in results for task, reason in run.skipped.items()]
+
+
+def to_markdown(shown: Table, failed: Mapping[str, str], left_out: Sequence[str] = ()) -> str:
+    """A table of Markdown with its caption, the tasks that were skipped, and the cells that failed."""
     lines = [_line(shown.columns), _line(["---", *["---:"] * (len(shown.columns) - 1)])]
     lines += [_line([f"`{label}`", *numbers]) for label, *numbers in shown.rows]
     lines += ["", CAPTION]
+    lines += (
+        ["", "Skipped tasks, which AA counts all the same:", "", *(f"- {line}" for line in left_out)]
+        if left_out
+        else []
+    )
     lines += ["", "Failed:", "", *(f"- `{cell}`: {reason}" for cell, reason in failed.items())] if failed else []
     return "\n".join(lines) + "\n"
 

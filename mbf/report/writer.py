@@ -9,9 +9,12 @@ import re
 from collections.abc import Iterable, Sequence
 from pathlib import Path
 
+from mbf.continual.atomic import whole_files
 from mbf.report import figures, page, style
 from mbf.report.result import RunResult
 from mbf.report.summary import SummaryRow, prepare, summary_rows
+
+PAGE = "report.html"
 
 
 def write_report(results: Iterable[RunResult], out_dir: str | Path) -> Path:
@@ -23,18 +26,23 @@ def write_report(results: Iterable[RunResult], out_dir: str | Path) -> Path:
 
     Args:
         results: any number of methods, streams, orders and seeds.
-        out_dir: made if it does not exist; files of the same names are replaced.
+        out_dir: made if it does not exist; files of the same names are replaced once all are written, the page last.
 
     Returns:
         The path of ``report.html``.
 
     Raises:
         ResultError: before anything is written; see ``mbf.report.summary.prepare``.
+        OSError: they cannot be written, and an older report is whole.
     """
     results = prepare(results)
     rows = summary_rows(results)
-    out = Path(out_dir)
-    out.mkdir(parents=True, exist_ok=True)
+    with whole_files(out_dir, PAGE) as out:
+        _write(out, results, rows)
+    return Path(out_dir, PAGE)
+
+
+def _write(out: Path, results: Sequence[RunResult], rows: Sequence[SummaryRow]) -> None:
     cells = {r.cell: f"{r.stream}-{r.label}-o{r.order}-s{r.seed}" for r in results}
     slugs = dict(zip(cells, _slugs(cells.values()), strict=True))
     for result in results:
@@ -53,9 +61,7 @@ def write_report(results: Iterable[RunResult], out_dir: str | Path) -> Path:
     _write_summary(out / "summary.csv", rows)
     dump = {"schema_version": 1, "results": [result.model_dump(mode="json") for result in results]}
     (out / "results.json").write_text(json.dumps(dump, indent=1, ensure_ascii=False) + "\n", encoding="utf-8")
-    path = out / "report.html"
-    path.write_text(page.render(parts, results, slugs), encoding="utf-8")
-    return path
+    (out / PAGE).write_text(page.render(parts, results, slugs), encoding="utf-8")
 
 
 def _stream_part(name: str, slug: str, rows: Sequence[SummaryRow], results: Sequence[RunResult]) -> page.StreamPart:

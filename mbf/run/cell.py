@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import shlex
+import shutil
 import warnings
 from dataclasses import dataclass
 from typing import Any
@@ -13,14 +15,16 @@ from torch.utils.data import DataLoader
 from transformers import set_seed
 
 from mbf import methods
-from mbf.continual import ContinualLora
+from mbf.continual import ContinualLora, DivergedError
+from mbf.continual.checkpoint import CheckpointError
 from mbf.report import RunResult, TaskMemory
+from mbf.report.result import parse_result
 from mbf.run.checkpoint import newest
 from mbf.run.config import MethodSpec, RunConfig
 from mbf.run.data import Collator
-from mbf.run.directory import CellDirectory, RunDirectory, read_json, write_json
+from mbf.run.directory import COMPARISON, CellDirectory, RunDirectory, read_json, write_json
 from mbf.run.ledger import Learned, Ledger
-from mbf.run.train import steps_of, train_task
+from mbf.run.train import Trained, steps_of, train_task
 from mbf.run.workbench import Workbench
 
 
@@ -48,8 +52,9 @@ def cells_of(config: RunConfig) -> list[CellKey]:
 
 def finished(key: CellKey, run: RunDirectory) -> RunResult | None:
     """The cell's result, if it is there."""
-    data = read_json(run.cell(key.name).result)
-    return None if data is None else RunResult.model_validate(data)
+    path = run.cell(key.name).result
+    data = read_json(path)
+    return None if data is None else parse_result(data, path)
 
 
 class Cell:
@@ -57,6 +62,9 @@ class Cell:
 
     The ledger is what counts: a task is learned when the ledger says so, which it does after the learner was saved.
     Before every task all seeds are set anew, so a cell that goes on in a new process computes what it would have.
+
+    A task that diverges ends the cell, or is skipped (``on_bad_task``); then the ledger says so in its place, and the
+    learner stays and is saved as it was.
     """
 
     def __init__(self, key: CellKey, run: RunDirectory, bench: Workbench) -> None:
@@ -79,7 +87,7 @@ class Cell:
         learner = self._learner(model)
         for number in range(1, len(self.rounds) + 1):
             if number > len(self.ledger.learned):
-                self._learn(learner, number)
+                self._learn(learner, number, zero_shot)
             self._evaluate(learner, number)
         learner.export(self.directory.adapter)
         result = self._result(zero_shot)
@@ -111,14 +119,46 @@ class Cell:
             warnings.simplefilter("ignore", FutureWarning)
             adapted = get_peft_model(model, adapter)
         if self.ledger.learned:
-            learner = ContinualLora.load(adapted, self.directory.state(len(self.ledger.learned)), fuse=self.config.fuse)
+            learner = self._stored_learner(adapted)
         else:
             learner = ContinualLora(adapted, self.key.method.name, fuse=self.config.fuse, **self.key.method.options)
         if self.processes.sharded:
             self.processes.shard(adapted)
         return learner
 
-    def _learn(self, learner: ContinualLora, number: int) -> None:
+    def _stored_learner(self, adapted: nn.Module) -> ContinualLora:
+        try:
+            return ContinualLora.load(adapted, self.directory.state(len(self.ledger.learned)), fuse=self.config.fuse)
+        except CheckpointError as error:
+            note = f"or remove {self.directory.root}, and the cell is learned anew"
+            vars(error).setdefault("__notes__", []).append(note)
+            raise
+
+    def _learn(self, learner: ContinualLora, number: int, zero_shot: dict[str, float]) -> None:
+        name, skipped, scores = self.rounds[number - 1][0], None, {}
+        try:
+            trained = self._train(learner, number)
+        except DivergedError as error:
+            skipped, trained = self._refuse(error, number), Trained(seconds=0.0, tokens=0)
+            # The LoRA has not changed, and so have no scores.
+            scores = dict(self.ledger.learned[-1].scores if self.ledger.learned else zero_shot)
+        learner.save(self.directory.state(number))
+        memory = learner.memory_bytes()
+        self.ledger.learned.append(
+            Learned(
+                name=name,
+                seconds=trained.seconds,
+                tokens=trained.tokens,
+                adapter_bytes=memory["adapter"],
+                state_bytes=memory["state"],
+                skipped=skipped,
+                scores=scores,
+            )
+        )
+        self._write_ledger()
+        self._tidy(number)
+
+    def _train(self, learner: ContinualLora, number: int) -> Trained:
         name, members = self.rounds[number - 1]
         train, progress = self.config.train, self.bench.progress
         examples = [e for task in members for e in self.bench.encoder.examples(self.bench.stream.tasks[task].train)]
@@ -130,7 +170,7 @@ class Cell:
             if checkpoint is not None:
                 progress.message(f"{name}: goes on after step {checkpoint.step}")
                 learner.continue_task(checkpoint.method_state(), checkpoint.step)
-            trained = train_task(
+            return train_task(
                 learner.model,
                 examples,
                 train,
@@ -139,23 +179,32 @@ class Cell:
                 directory=self.directory.train(number),
                 run_name=f"{self.run_directory.root.name}/{self.key.name}/{name}",
                 method_state=learner.method.state_dict,
+                check=learner.check_step,
                 checkpoint=checkpoint,
                 progress=progress,
                 processes=self.processes,
             )
-        learner.save(self.directory.state(number))
-        memory = learner.memory_bytes()
-        self.ledger.learned.append(
-            Learned(
-                name=name,
-                seconds=trained.seconds,
-                tokens=trained.tokens,
-                adapter_bytes=memory["adapter"],
-                state_bytes=memory["state"],
-            )
-        )
-        self._write_ledger()
-        self._tidy(number)
+
+    def _refuse(self, error: DivergedError, number: int) -> str:
+        """Why task ``number`` is skipped; raises ``error`` where it is not, with its checkpoints gone, which may hold
+        what made it diverge."""
+        if self.config.on_bad_task == "skip":
+            reason = self.processes.on_main(lambda: " ".join(str(error).split()))
+            self.bench.progress.message(f"{self.key.name}: skipped: {reason}")
+            return reason
+
+        def stop() -> None:
+            checkpoints, root = self.directory.train(number), shlex.quote(str(self.run_directory.root))
+            if checkpoints.exists():
+                shutil.rmtree(checkpoints)
+            again = f"mbf resume {root} --on-bad-task skip"
+            if (self.run_directory.root / COMPARISON).exists():
+                again = f"mbf compare --out {root} --set on_bad_task=skip"
+            error.args = (f"{error} To leave the task out: {again}",)
+            raise error
+
+        self.processes.on_main(stop)
+        raise AssertionError("on_main raises on all processes")
 
     def _batches(self, examples: list[dict[str, list[int]]]) -> DataLoader[Any]:
         """The task's data for methods that take statistics of it, in the order of the rows."""
@@ -169,9 +218,10 @@ class Cell:
     def _evaluate(self, learner: ContinualLora, number: int) -> None:
         learned = self.ledger.learned[number - 1]
         seen_only = self.config.eval.every == "seen" and not self.joint
+        names = {one.name for one in self.ledger.learned[:number] if one.skipped is None}
         for task in self.tasks[:number] if seen_only else self.tasks:
             if task not in learned.scores:
-                learner.select_task(task if task in self.tasks[:number] and not self.joint else None)
+                learner.select_task(task if task in names and not self.joint else None)
                 learned.scores[task] = self.bench.score(learner.model, self.key.name, learned.name, task)
                 self._write_ledger()
         learner.select_task(None)
@@ -186,6 +236,7 @@ class Cell:
             order_tasks=self.tasks,
             seed=self.key.seed,
             matrix=self.ledger.matrix(zero_shot, self.joint),
+            skipped=self.ledger.skipped(self.joint),
             memory=[TaskMemory(adapter_bytes=one.adapter_bytes, state_bytes=one.state_bytes) for one in learned],
             train_seconds=[one.seconds for one in learned],
             train_tokens=[one.tokens for one in learned],

@@ -20,6 +20,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from mbf.continual.checkpoint import CheckpointError
 from mbf.run.cell import Cell, CellKey, cells_of
 from mbf.run.config import RunConfig
 from mbf.run.directory import CellDirectory, RunDirectory, RunError, check_free, locked, write_json
@@ -69,6 +70,7 @@ def compare(
         ConfigError, mbf.streams.StreamError, ValueError: the configuration does not fit the stream or the model; then
             nothing was written.
         OSError: a disk that is full, say, which would break every other cell, too.
+        mbf.continual.checkpoint.CheckpointError: a cell's learner is damaged; nothing of it was touched.
     """
     deadline = None if budget is None else time.monotonic() + 60 * budget
     progress = progress or LogProgress()
@@ -129,7 +131,7 @@ def _run_cells(
     # A cell is described by its own method, order and seed; and by this call, which may be years after the first.
     facts = {
         **run.facts,
-        "config": settings_of(run.facts["config"]),
+        "config": settings_of(run.facts["config"]) | {"on_bad_task": bench.config.on_bad_task},
         "versions": versions(),
         "command": command_line(),
     }
@@ -143,7 +145,7 @@ def _run_cells(
         bench.progress.cell_started(key.name, numbers[key.name], len(planned), bench.stream.orders[key.order])
         try:
             Cell(key, run, bench).run()
-        except OSError:
+        except (OSError, RunError, CheckpointError):  # a full disk, a broken file: nothing to begin anew for
             raise
         except Exception as error:
             failed[key.name] = reason = " ".join(f"{type(error).__name__}: {error}".split())

@@ -10,7 +10,6 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
-import yaml
 from pydantic import (
     BaseModel,
     BeforeValidator,
@@ -25,6 +24,10 @@ from pydantic import (
 from mbf import methods
 from mbf.run.explain import explain
 from mbf.streams.packaged import packaged
+from mbf.streams.yaml_file import YamlError, parse_yaml
+
+OnBadTask = Literal["stop", "skip"]
+_FREE = ("on_bad_task",)  # a run may go on with another value: what it has learned is the same
 
 
 class ConfigError(ValueError):
@@ -140,6 +143,8 @@ class RunConfig(_Section):
         orders: numbers of the stream's task orders, from 1.
         seeds: of adapter, batches and dropout; the rows of the tasks are the same for all seeds.
         fuse: compute adapters with mbf's operators.
+        on_bad_task: a task whose training diverges (inf or NaN in loss, gradients or adapter, or an adapter that
+            exploded) stops the run, or is skipped: the merged LoRA stays as it is, and the next task is learned.
         output: the run's directory; default ``runs/<stream>-<time>``.
     """
 
@@ -159,6 +164,7 @@ class RunConfig(_Section):
     train: TrainSection = TrainSection()
     eval: EvalSection = EvalSection()
     fuse: bool = True
+    on_bad_task: OnBadTask = "stop"
     output: Path | None = None
 
     @field_validator("stream", mode="before")
@@ -178,7 +184,7 @@ class RunConfig(_Section):
         for key, values in (("methods", labels), ("orders", self.orders), ("seeds", self.seeds)):
             written = [str(value) for value in values]
             if twice := sorted({value for value in written if written.count(value) > 1}):
-                way_out = "; give each a label of its own" if key == "methods" else ""
+                way_out = "; give each a label of its own" if key == "methods" else "; name it once"
                 raise ValueError(f"{key}: {', '.join(twice)} is there more than once{way_out}")
         return self
 
@@ -263,25 +269,28 @@ def read_yaml(path: Path) -> dict[str, Any]:
         ConfigError: no such file, no YAML, or something else than a mapping.
     """
     try:
-        data = yaml.safe_load(path.read_text(encoding="utf-8"))
+        data = parse_yaml(path.read_bytes())
     except FileNotFoundError:
         near = difflib.get_close_matches(path.name, [p.name for p in path.parent.glob("*.y*ml")], n=1)
         raise ConfigError(
-            f"{path}: no such file" + (f"; did you mean {path.parent / near[0]}?" if near else "")
+            f"{path}: no such file" + (f"; did you mean {path.parent / near[0]}?" if near else "; check the path")
         ) from None
     except OSError as error:
-        raise ConfigError(f"{path}: cannot be read: {error.strerror}") from None
-    except (yaml.YAMLError, UnicodeDecodeError) as error:
-        raise ConfigError(f"{path}: is no YAML: " + " ".join(str(error).split())) from None
+        raise ConfigError(f"{path}: cannot be read: {error.strerror}; name a file that can") from None
+    except YamlError as error:
+        raise ConfigError(f"{path}: is no YAML: {error}; mend the file") from None
     if not isinstance(data, dict):
         raise ConfigError(f"{path}: found {type(data).__name__}, wanted keys and values such as 'stream: quickstart'")
     return data
 
 
 def differences(old: Mapping[str, Any], new: Mapping[str, Any], prefix: str = "") -> list[str]:
-    """``key: old -> new`` for every dotted key whose value differs between two ``RunConfig.plain()``."""
+    """``key: old -> new`` for every dotted key whose value differs between two ``RunConfig.plain()``.
+
+    ``on_bad_task`` may differ.
+    """
     lines = []
-    for key in sorted(old.keys() | new.keys()):
+    for key in sorted((old.keys() | new.keys()) - ({*_FREE} if not prefix else set())):
         a, b = old.get(key), new.get(key)
         if isinstance(a, Mapping) and isinstance(b, Mapping):
             lines += differences(a, b, f"{prefix}{key}.")

@@ -26,16 +26,32 @@ from typing import Any
 
 import yaml
 from filelock import FileLock, Timeout
+from pydantic import BaseModel, ConfigDict
 
-from mbf.continual.atomic import write_file
+from mbf.continual.atomic import is_torso, sweep, write_file, writing
+from mbf.continual.metrics import MALFORMED, first_error
 from mbf.run.config import RunConfig, differences, parse_config, read_yaml
 
 FORMAT = 1
+WAY = "restore it from a copy, or remove it and let what it told be computed anew"
+FACTS_WAY = "restore it from a copy, or start a new run in another directory"
 COMPARISON = "compare.json"  # in a directory of mbf compare: the cells asked for
 
 
 class RunError(ValueError):
     """A run cannot start or go on in this directory; the message says why and what to do."""
+
+
+class _Facts(BaseModel):
+    """``run.json``."""
+
+    model_config = ConfigDict(strict=True, extra="allow")
+
+    config: dict[str, Any]
+    sha256: str
+    versions: dict[str, str | None]
+    data: dict[str, str]
+    command: str
 
 
 @dataclass(frozen=True)
@@ -69,7 +85,7 @@ class CellDirectory:
         wanted = {self.state(learned), self.train(learned + 1)}
         for path in (*(self.root / "state").glob("*"), *(self.root / "train").glob("*")):
             if path not in wanted:
-                shutil.rmtree(path)
+                shutil.rmtree(path) if path.is_dir() and not path.is_symlink() else path.unlink()
 
 
 @dataclass(frozen=True)
@@ -88,7 +104,6 @@ class RunDirectory:
             RunError: the directory holds a run, or something else.
         """
         check_free(root)
-        root.mkdir(parents=True, exist_ok=True)
         write_file(root / "config.yaml", yaml.safe_dump(config.plain(), sort_keys=False, allow_unicode=True))
         facts = {"format": FORMAT, "config": config.plain(), "sha256": config.sha256(), **facts}
         write_json(root / "run.json", facts)
@@ -99,17 +114,14 @@ class RunDirectory:
         """The run that ``create`` began.
 
         Raises:
-            RunError: no run there, or one whose ``config.yaml`` is no longer what it was started with.
+            RunError: no run there, one that is damaged, or one whose ``config.yaml`` is no longer what it was started
+                with.
         """
-        facts = read_json(root / "run.json")
-        if facts is None:
+        if not (root / "run.json").exists():
             raise RunError(
                 f"{root}: no run was started here (it has no run.json); start one with mbf run --output {root}"
             )
-        if facts.get("format") != FORMAT:
-            raise RunError(
-                f"{root}: run.json has format {facts.get('format')!r}, this mbf reads {FORMAT}; use that mbf"
-            )
+        facts = check_facts(read_json(root / "run.json", FACTS_WAY), root / "run.json")
         config = parse_config(read_yaml(root / "config.yaml"), str(root / "config.yaml"))
         changed = differences(facts["config"], config.plain())
         if changed:
@@ -130,8 +142,27 @@ class RunDirectory:
     def cell(self, name: str) -> CellDirectory:
         """The directory of one cell, made if need be."""
         path = self.root / "cells" / name
-        path.mkdir(parents=True, exist_ok=True)
+        with writing(path):
+            path.mkdir(parents=True, exist_ok=True)
         return CellDirectory(path)
+
+
+def check_facts(data: Any, path: Path) -> dict[str, Any]:
+    """What ``run.json``, at ``path``, holds.
+
+    Raises:
+        RunError: another format, or facts that are missing or of a wrong type.
+    """
+    if isinstance(data, dict) and data.get("format") != FORMAT:
+        raise RunError(
+            f"{path.parent}: {path.name} has format {data.get('format')!r}, this mbf reads {FORMAT}; use that mbf"
+        )
+    try:
+        _Facts.model_validate(data)
+    except MALFORMED as error:
+        raise RunError(f"{path}: found {first_error(error)}; {FACTS_WAY}") from None
+    facts: dict[str, Any] = data
+    return facts
 
 
 def check_free(root: Path) -> None:
@@ -140,7 +171,7 @@ def check_free(root: Path) -> None:
         raise RunError(f"{root}: holds a run already; mbf resume {root} goes on with it, --output starts one elsewhere")
     if root.exists() and not root.is_dir():
         raise RunError(f"{root}: is a file, wanted a directory; choose another --output")
-    foreign = [path.name for path in root.glob("*") if path.name not in ("config.yaml", ".lock")]
+    foreign = [p.name for p in root.glob("*") if p.name not in ("config.yaml", ".lock") and not is_torso(p.name)]
     if foreign:
         raise RunError(f"{root}: is not empty (it has {foreign[0]}); choose another --output")
 
@@ -149,15 +180,25 @@ def check_free(root: Path) -> None:
 def locked(root: Path) -> Iterator[None]:
     """Nobody else runs in ``root`` for the while; the lock falls with the process, however it ends.
 
+    What processes that were killed here left half written is removed.
+
     Raises:
         RunError: somebody else does.
+        OSError: nothing can be written there.
     """
-    root.mkdir(parents=True, exist_ok=True)
+    lock = FileLock(root / ".lock")
+    with writing(root):
+        root.mkdir(parents=True, exist_ok=True)
+        try:
+            lock.acquire(timeout=0)
+        except Timeout:
+            raise RunError(f"{root}: another process is running here; wait for it or stop it first") from None
     try:
-        with FileLock(root / ".lock", timeout=0):
-            yield
-    except Timeout:
-        raise RunError(f"{root}: another process is running here; wait for it or stop it first") from None
+        with writing(root):
+            sweep(root)
+        yield
+    finally:
+        lock.release()
 
 
 def write_json(path: Path, data: Any) -> None:
@@ -165,6 +206,28 @@ def write_json(path: Path, data: Any) -> None:
     write_file(path, json.dumps(data, indent=1, ensure_ascii=False, allow_nan=False))
 
 
-def read_json(path: Path) -> Any:
-    """What ``write_json`` wrote; None where there is no file."""
-    return json.loads(path.read_text(encoding="utf-8")) if path.exists() else None
+def read_json(path: Path, way: str = WAY) -> Any:
+    """What ``write_json`` wrote; None where there is no file.
+
+    Raises:
+        RunError: it is no JSON, or cannot be read; ends with ``way``, the way out.
+    """
+    if not path.exists():
+        return None
+    try:
+        data = json.loads(path.read_bytes())
+        if data is None:
+            raise ValueError("null")
+    except (OSError, ValueError, RecursionError) as error:
+        raise RunError(f"{path}: found {_words(error)}, wanted what mbf wrote there; {way}") from None
+    return data
+
+
+def _words(error: Exception) -> str:
+    if isinstance(error, IsADirectoryError):
+        return "a directory"
+    if isinstance(error, OSError):
+        return f"a file that cannot be read ({error.strerror})"
+    if isinstance(error, RecursionError):
+        return "JSON nested without end"
+    return f"broken JSON ({error})"

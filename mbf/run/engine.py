@@ -7,11 +7,12 @@ import sys
 import time
 from collections.abc import Iterator, Mapping
 from contextlib import ExitStack, contextmanager
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from mbf.run.config import RunConfig
+from mbf.run.config import OnBadTask, RunConfig
 from mbf.run.directory import COMPARISON, RunDirectory, RunError, check_free, locked
 from mbf.run.progress import LogProgress, Progress, Silent
 from mbf.run.versions import versions
@@ -41,7 +42,8 @@ def run(config: RunConfig, progress: Progress | None = None, *, sharded: bool = 
         RunError: the directory is not free.
         ConfigError, mbf.streams.StreamError, ValueError: the configuration does not fit the stream or the model; then
             nothing was written.
-        mbf.continual.TaskError: a method left a broken adapter; ``resume`` can go on.
+        mbf.continual.DivergedError: a task diverged, and ``config.on_bad_task`` is ``"stop"``; what was learned before
+            it is there, and ``resume`` goes on, without the task if told ``on_bad_task="skip"``.
     """
     # late, as they bring torch and transformers, which take seconds to import
     from mbf.run.processes import Processes
@@ -75,12 +77,19 @@ def default_output(config: RunConfig) -> Path:
     return Path("runs", f"{config.stream_name}-{time.strftime('%Y%m%d-%H%M%S')}")
 
 
-def resume(directory: str | Path, progress: Progress | None = None, *, sharded: bool = False) -> list[RunResult]:
+def resume(
+    directory: str | Path,
+    progress: Progress | None = None,
+    *,
+    sharded: bool = False,
+    on_bad_task: OnBadTask | None = None,
+) -> list[RunResult]:
     """Go on with the run in ``directory`` from its newest whole checkpoint.
 
     It ends as it would have without the interruption: the same scores, the same adapters bit for bit. Cells that are
     finished are not run again. The number of processes may be another one, and so may ``sharded``; sums are then
-    rounded otherwise, and dropout masks are others.
+    rounded otherwise, and dropout masks are others. ``on_bad_task`` is for this call; default what the run was started
+    with.
 
     Raises:
         RunError: no run there, another process is at it, or its configuration or data changed.
@@ -91,7 +100,7 @@ def resume(directory: str | Path, progress: Progress | None = None, *, sharded: 
     here = Processes(sharded)
     progress = (progress or LogProgress()) if here.main else Silent()
     root = Path(directory)
-    found = here.on_main(lambda: _open_run(root))
+    found = here.on_main(lambda: _open_run(root, on_bad_task))
     with _locked(root, here):
         bench = here.together(lambda: Workbench(found.config, progress, here))
         check_same_data(found, bench.data_hashes())
@@ -99,10 +108,14 @@ def resume(directory: str | Path, progress: Progress | None = None, *, sharded: 
         return _run_cells(found, bench, progress)
 
 
-def _open_run(root: Path) -> RunDirectory:
+def _open_run(root: Path, on_bad_task: OnBadTask | None) -> RunDirectory:
     if (root / COMPARISON).exists():
         raise RunError(f"{root}: holds a comparison; go on with it by mbf compare --out {shlex.quote(str(root))}")
-    return RunDirectory.open(root)
+    found = RunDirectory.open(root)
+    if on_bad_task is None:
+        return found
+    config = found.config.model_copy(update={"on_bad_task": on_bad_task})
+    return replace(found, config=config, facts={**found.facts, "config": config.plain()})
 
 
 def _run_cells(run: RunDirectory, bench: Workbench, progress: Progress) -> list[RunResult]:

@@ -58,7 +58,9 @@ def launch(arguments: Sequence[str], processes: int) -> int:
         rank, failure = error.get_first_failure()
         if failure.exitcode < 0:
             name = signal.Signals(-failure.exitcode).name
-            raise LaunchError(f"process {rank} of {processes} was ended by {name}") from None
+            raise LaunchError(
+                f"process {rank} of {processes} was ended by {name}; mbf resume goes on with the run"
+            ) from None
         return failure.exitcode
     except SignalException:
         raise KeyboardInterrupt from None

@@ -3,23 +3,31 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Any
 
-from pydantic import BaseModel, ConfigDict
+from pydantic import BaseModel, ConfigDict, NonNegativeFloat, NonNegativeInt, TypeAdapter
 
 from mbf.continual import ScoreMatrix
-from mbf.run.directory import read_json, write_json
+from mbf.continual.metrics import MALFORMED, first_error
+from mbf.run.directory import WAY, RunError, read_json, write_json
+
+_SCORES = TypeAdapter(dict[str, float], config=ConfigDict(allow_inf_nan=False))
 
 
 class Learned(BaseModel):
-    """One training: of one task, or of all at once. Seconds of wall clock, bytes as they were afterwards."""
+    """One training: of one task, or of all at once. Seconds of wall clock, bytes as they were afterwards.
 
-    model_config = ConfigDict(extra="forbid")
+    One that was refused, and ``skipped`` for that reason, took no seconds and tokens: what is there is what was before.
+    """
+
+    model_config = ConfigDict(extra="forbid", allow_inf_nan=False)
 
     name: str
-    seconds: float
-    tokens: int
-    adapter_bytes: int
-    state_bytes: int
+    seconds: NonNegativeFloat
+    tokens: NonNegativeInt
+    adapter_bytes: NonNegativeInt
+    state_bytes: NonNegativeInt
+    skipped: str | None = None
     scores: dict[str, float] = {}
     """Percent by task, after it."""
 
@@ -34,12 +42,48 @@ class Ledger(BaseModel):
 
     @classmethod
     def read(cls, path: Path, tasks: tuple[str, ...]) -> Ledger:
-        """The ledger at ``path``, or an empty one."""
+        """The ledger at ``path``, or an empty one.
+
+        Raises:
+            RunError: it is damaged, or of other tasks.
+        """
         data = read_json(path)
-        return cls(tasks=tasks) if data is None else cls.model_validate(data)
+        if data is None:
+            return cls(tasks=tasks)
+        ledger = cls.parse(data, path)
+        if ledger.tasks != tasks:
+            raise RunError(f"{path}: found the tasks {', '.join(ledger.tasks)}, wanted {', '.join(tasks)}; {WAY}")
+        return ledger
+
+    @classmethod
+    def parse(cls, data: Any, path: Path) -> Ledger:
+        """The ledger that ``data``, of the file ``path``, is.
+
+        Raises:
+            RunError: it is none.
+        """
+        try:
+            ledger = cls.model_validate(data)
+        except MALFORMED as error:
+            raise RunError(f"{path}: found {first_error(error)}, wanted what mbf wrote there; {WAY}") from None
+        if len(ledger.learned) > len(ledger.tasks):
+            raise RunError(f"{path}: found {len(ledger.learned)} tasks learned of {len(ledger.tasks)}; {WAY}")
+        for one in ledger.learned:
+            if foreign := one.scores.keys() - set(ledger.tasks):
+                raise RunError(f"{path}: found a score on {min(foreign)}, which is none of the tasks; {WAY}")
+        return ledger
 
     def write(self, path: Path) -> None:
         write_json(path, self.model_dump(mode="json"))
+
+    def skipped(self, joint: bool) -> dict[str, str]:
+        """Why a task was not learned, by task."""
+        return {
+            task: one.skipped
+            for one in self.learned
+            if one.skipped is not None
+            for task in (self.tasks if joint else (one.name,))
+        }
 
     def matrix(self, zero_shot: dict[str, float], joint: bool) -> ScoreMatrix:
         """a[i,t] as far as it was measured. Learning all tasks at once (``joint``) fills the last column."""
@@ -50,4 +94,17 @@ class Ledger(BaseModel):
             tasks=self.tasks,
             scores=[[column.get(task) for column in columns] for task in self.tasks],
             zero_shot=[zero_shot.get(task) for task in self.tasks],
+            skipped=tuple(self.skipped(joint)),
         )
+
+
+def check_scores(data: Any, path: Path) -> dict[str, float]:
+    """Percent by task, as the file ``path`` has it.
+
+    Raises:
+        RunError: ``data`` is something else.
+    """
+    try:
+        return _SCORES.validate_python(data)
+    except MALFORMED as error:
+        raise RunError(f"{path}: found {first_error(error)}, wanted scores by task; {WAY}") from None

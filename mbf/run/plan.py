@@ -11,8 +11,12 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, Literal
 
+from pydantic import BaseModel, ConfigDict, StrictInt
+
 from mbf import methods
+from mbf.continual.metrics import MALFORMED, first_error
 from mbf.report import RunResult
+from mbf.report.result import parse_result
 from mbf.run.cell import CellKey, cells_of
 from mbf.run.config import ConfigError, MethodSpec, RunConfig, differences, parse_config, read_source, set_keys
 from mbf.run.directory import COMPARISON, CellDirectory, RunDirectory, RunError, check_free, read_json, write_json
@@ -20,7 +24,31 @@ from mbf.run.ledger import Ledger
 
 FORMAT = 1
 FAILED = "failed.json"
+_PLAN_WAY = "restore it from a copy, or remove it and ask for the cells again"
 _ASKED = ("methods", "orders", "seeds")  # what may grow; all else of a configuration is settings
+
+
+class _Cell(BaseModel):
+    model_config = ConfigDict(extra="forbid")
+
+    method: MethodSpec
+    order: StrictInt
+    seed: StrictInt
+
+
+class _Plan(BaseModel):
+    """``compare.json``."""
+
+    model_config = ConfigDict(extra="forbid")
+
+    format: int
+    cells: list[_Cell]
+
+
+class _Failure(BaseModel):
+    """``failed.json``, as far as it is read."""
+
+    reason: str
 
 
 @dataclass(frozen=True)
@@ -149,14 +177,26 @@ def survey(config: RunConfig, cells: Sequence[CellKey] | None = None) -> Compari
 
 def planned_cells(run: RunDirectory) -> list[CellKey]:
     """The cells asked for so far; of a run that never was compared, its own."""
-    data = read_json(run.root / COMPARISON)
-    if data is None:
-        return cells_of(run.config)
-    if data.get("format") != FORMAT:
+    path = run.root / COMPARISON
+    data = read_json(path, _PLAN_WAY)
+    return cells_of(run.config) if data is None else check_plan(data, path)
+
+
+def check_plan(data: Any, path: Path) -> list[CellKey]:
+    """The cells that ``data``, of the file ``path``, asks for.
+
+    Raises:
+        RunError: another format, or something else than ``write_plan`` writes.
+    """
+    if isinstance(data, dict) and data.get("format") != FORMAT:
         raise RunError(
-            f"{run.root}: {COMPARISON} has format {data.get('format')!r}, this mbf reads {FORMAT}; use that mbf"
+            f"{path.parent}: {path.name} has format {data.get('format')!r}, this mbf reads {FORMAT}; use that mbf"
         )
-    return [CellKey(MethodSpec.model_validate(one["method"]), one["order"], one["seed"]) for one in data["cells"]]
+    try:
+        cells = _Plan.model_validate(data).cells
+    except MALFORMED as error:
+        raise RunError(f"{path}: found {first_error(error)}, wanted the cells asked for; {_PLAN_WAY}") from None
+    return [CellKey(cell.method, cell.order, cell.seed) for cell in cells]
 
 
 def write_plan(root: Path, cells: Iterable[CellKey]) -> None:
@@ -195,17 +235,37 @@ def state_of(root: Path, cells: Sequence[CellKey], failed: Mapping[str, str]) ->
     for key in cells:
         directory = CellDirectory(root / "cells" / key.name)
         if (data := read_json(directory.result)) is not None:
-            results.append(RunResult.model_validate(data))
+            results.append(parse_result(data, directory.result))
             states.append(CellState(key, "finished"))
         elif (failure := read_json(directory.root / FAILED)) is not None:
-            states.append(CellState(key, "failed", failure["reason"]))
+            states.append(CellState(key, "failed", check_failure(failure, directory.root / FAILED)))
         elif (data := read_json(directory.progress)) is not None:
-            ledger = Ledger.model_validate(data)
-            states.append(CellState(key, "begun", f"{len(ledger.learned)} of {len(ledger.tasks)} tasks learned"))
+            ledger = Ledger.parse(data, directory.progress)
+            states.append(CellState(key, "begun", _progress(ledger)))
         else:
             begun = directory.root.exists() and any(directory.root.rglob("checkpoint-*"))
             states.append(CellState(key, "begun", "in the first task") if begun else CellState(key, "missing"))
     return Comparison(root, tuple(states), results, failed)
+
+
+def check_failure(data: Any, path: Path) -> str:
+    """Why a cell failed, as the file ``path`` has it.
+
+    Raises:
+        RunError: ``data`` does not say.
+    """
+    try:
+        return _Failure.model_validate(data).reason
+    except MALFORMED as error:
+        raise RunError(
+            f"{path}: found {first_error(error)}, wanted the reason of a failure; remove it, and the cell is run again"
+        ) from None
+
+
+def _progress(ledger: Ledger) -> str:
+    skipped = sum(one.skipped is not None for one in ledger.learned)
+    learned = f"{len(ledger.learned) - skipped} of {len(ledger.tasks)} tasks learned"
+    return f"{learned}, {skipped} skipped" if skipped else learned
 
 
 def check_settings(run: RunDirectory, config: RunConfig) -> None:

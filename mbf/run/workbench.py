@@ -12,6 +12,7 @@ from mbf.run.config import ConfigError, RunConfig
 from mbf.run.data import Encoder
 from mbf.run.directory import read_json, write_json
 from mbf.run.evaluate import TestSet, evaluate
+from mbf.run.ledger import check_scores
 from mbf.run.model import load_model
 from mbf.run.processes import Processes
 from mbf.run.progress import Progress
@@ -62,7 +63,7 @@ class Workbench:
 
     def zero_shot(self, model: nn.Module, path: Path) -> dict[str, float]:
         """Scores of the untouched ``model`` by task, kept at ``path``; none where only seen tasks are evaluated."""
-        scores: dict[str, float] = self.processes.on_main(lambda: read_json(path) or {})
+        scores = self.processes.on_main(lambda: check_scores({} if (data := read_json(path)) is None else data, path))
         if self.config.eval.every == "seen":
             return scores
         for task in self.stream.tasks:

@@ -40,6 +40,13 @@ def test_several_orders_have_their_disparity(result) -> None:
     assert any(line.startswith("AOPD:") for line in lines)
 
 
+def test_a_skipped_task_is_marked_and_its_reason_printed(result) -> None:
+    matrix = result.matrix.model_copy(update={"skipped": ("mail",)})
+    lines = printed([result.model_copy(update={"matrix": matrix, "skipped": {"mail": "the [loss] is nan"}})])
+    assert cells(lines, "2 mail")[:3] == ["2", "mail,", "skipped"]
+    assert "skipped: slao, post order 1, seed 0: mail: the [loss] is nan" in lines
+
+
 def test_missing_entries_are_dashes(result) -> None:
     matrix = ScoreMatrix(tasks=("news", "mail"), scores=[[None, 50.0], [None, 90.0]])
     assert cells(printed([result.model_copy(update={"matrix": matrix})]), "1 news") == ["1", "news", "–", "–", "50.0"]

@@ -120,7 +120,12 @@ def test_nproc_is_refused_where_a_launcher_was_there_before(stream: Path, tmp_pa
 
 @pytest.mark.parametrize(
     ("failure", "code", "line"),
-    [(0, 0, None), (3, 3, None), (-9, 1, "mbf: process 1 of 2 was ended by SIGKILL"), (None, 130, "mbf: interrupted")],
+    [
+        (0, 0, None),
+        (3, 3, None),
+        (-9, 1, "mbf: process 1 of 2 was ended by SIGKILL; mbf resume goes on with the run"),
+        (None, 130, "mbf: interrupted"),
+    ],
 )
 def test_what_nproc_starts_and_reports(stream: Path, tmp_path: Path, monkeypatch, failure, code: int, line) -> None:
     """The processes report for themselves; one that was killed cannot. ``None``: Ctrl-C."""

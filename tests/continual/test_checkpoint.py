@@ -1,7 +1,6 @@
 """Saving and loading a learner: the same future, plain PEFT files, and every kind of damage."""
 
 import json
-import shutil
 
 import pytest
 import torch
@@ -9,7 +8,6 @@ from peft import LoraConfig, PeftModel
 from safetensors.torch import load_file
 
 import mbf
-from mbf.continual.atomic import recover_directory, whole_directory, write_file
 from mbf.continual.checkpoint import CheckpointError
 from tests.continual.tiny import base_model, batches, logits, peft_model, train
 
@@ -151,21 +149,3 @@ def test_another_adapter_is_refused(config, message, tmp_path):
     with pytest.raises(CheckpointError, match=message):
         mbf.ContinualLora.load(model, tmp_path / "run")
     assert torch.equal(logits(model), before)
-
-
-def test_directories_appear_whole_or_not_at_all(tmp_path):
-    target = tmp_path / "d"
-    with whole_directory(target) as new:
-        (new / "a").write_text("1")
-    with pytest.raises(RuntimeError), whole_directory(target) as new:
-        (new / "a").write_text("2")
-        raise RuntimeError
-    assert (target / "a").read_text() == "1" and [p.name for p in tmp_path.iterdir()] == ["d"]
-    with whole_directory(target) as new:
-        (new / "b").write_text("3")
-    assert [p.name for p in target.iterdir()] == ["b"]
-    shutil.move(target, tmp_path / ".d.old-1")
-    recover_directory(target)
-    assert (target / "b").read_text() == "3"
-    write_file(tmp_path / "x" / "f", "ü")
-    assert (tmp_path / "x" / "f").read_text(encoding="utf-8") == "ü" and len(list((tmp_path / "x").iterdir())) == 1

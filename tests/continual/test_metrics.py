@@ -145,6 +145,50 @@ def test_malformed_matrices_are_refused(change, message):
         matrix(**change)
 
 
+# -- tasks that were skipped --
+
+
+def skipping(*skipped: str) -> ScoreMatrix:
+    """A skipped task's column is the one before it, zero-shot before the first."""
+    columns = [ZERO]
+    for t, name in enumerate("abc"):
+        columns.append(columns[-1] if name in skipped else [row[t] for row in SCORES])
+    return ScoreMatrix(
+        tasks=("a", "b", "c"), zero_shot=ZERO, scores=[list(row) for row in zip(*columns[1:], strict=True)],
+        skipped=skipped,
+    )  # fmt: skip
+
+
+@pytest.mark.parametrize(
+    ("skipped", "aa", "bwt", "fwt", "forgetting"),
+    [
+        # a: 80, 80, 70; b: 30, 30, 60; c: 41, 41, 90. b has no score of its own moment; FWT ((30 − 25) + (41 − 40)) / 2
+        (("b",), (70 + 60 + 90) / 3, 70 - 80, 3.0, 10.0),
+        # a: 80, 82, 82; b: 30, 75, 75; c: 41, 42, 42. b was the last to be learned.
+        (("c",), (82 + 75 + 42) / 3, 82 - 80, 3.5, 0.0),
+        # a: 50, 82, 70; b: 25, 75, 60; c: 40, 42, 90. Nothing was transferred to b: it was the first to be learned.
+        (("a",), (70 + 60 + 90) / 3, 60 - 75, 42 - 40, 15.0),
+        (("a", "b"), (70 + 60 + 90) / 3, None, None, None),
+        (("a", "b", "c"), (50 + 25 + 40) / 3, None, None, None),
+    ],
+)
+def test_what_was_skipped_counts_in_aa_and_not_as_forgotten(skipped, aa, bwt, fwt, forgetting):
+    m = skipping(*skipped)
+    assert (m.aa, m.bwt, m.fwt, m.forgetting) == (pytest.approx(aa), bwt, fwt, forgetting)
+    assert [name for name, value in m.forgetting_by_task.items() if value is None] == list(skipped)
+
+
+def test_skipped_tasks_are_those_of_the_matrix_and_are_written_where_there_are_some():
+    with pytest.raises(ValidationError, match="skipped has 'x', wanted names of tasks: a, b, c"):
+        ScoreMatrix(tasks=("a", "b", "c"), scores=SCORES, skipped=("x",))
+    assert "skipped" not in json.loads(matrix().to_json())
+    assert json.loads(skipping("b").to_json())["skipped"] == ["b"]
+    assert skipping("b").to_csv().splitlines()[:2] == [
+        "task,zero-shot,after a,skipped b,after c",
+        "a,50.0,80.0,80.0,70.0",
+    ]
+
+
 # -- several orders --
 
 
@@ -204,7 +248,9 @@ score = st.none() | st.floats(0, 100)
 def matrices(draw) -> ScoreMatrix:
     tasks = draw(st.lists(names, min_size=1, max_size=4, unique=True))
     row = st.lists(score, min_size=len(tasks), max_size=len(tasks))
-    return ScoreMatrix(tasks=tuple(tasks), scores=[draw(row) for _ in tasks], zero_shot=draw(row))
+    skipped = tuple(task for task in tasks if draw(st.booleans()))
+    scores = [draw(row) for _ in tasks]
+    return ScoreMatrix(tasks=tuple(tasks), scores=scores, zero_shot=draw(row), skipped=skipped)
 
 
 @settings(deadline=None)
@@ -228,7 +274,7 @@ def test_csv_is_readable():
     ("text", "message"),
     [
         ("", "header is ''"),
-        ("task,zero-shot,after b\na,1,2\n", "wanted 'task,zero-shot,after a'"),
+        ("task,zero-shot,after b\na,1,2\n", "wanted is 'task,zero-shot,after a'"),
         ("task,zero-shot,after a\na,1\n", "row 'a' has 2 cells, wanted 3"),
         ("task,zero-shot,after a\na,1,high\n", "row 'a', column 'after a' is 'high'"),
         ("task,zero-shot,after a\na,1,120\n", "less than or equal to 100.*found 120"),

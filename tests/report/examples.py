@@ -44,3 +44,14 @@ def run(
             **fields,
         }
     )
+
+
+def skipping(result: RunResult, task: str, reason: str) -> RunResult:
+    """The run, had it left ``task`` out."""
+    n = result.order_tasks.index(task)
+    data = result.model_dump()
+    for row in data["matrix"]["scores"]:
+        row[n] = row[n - 1]
+    data["matrix"]["skipped"], data["skipped"] = (task,), {task: reason}
+    data["train_seconds"][n], data["train_tokens"][n] = 0.0, 0
+    return RunResult.model_validate(data)

@@ -12,7 +12,7 @@ from mbf.report import TaskMemory, summary_rows, write_comparison
 from mbf.report.scatter import accuracy_against_memory
 from mbf.report.style import looks
 from mbf.report.table import CAPTION, compared, table, to_markdown
-from tests.report.examples import run
+from tests.report.examples import run, skipping
 
 BACK = ("trec", "agnews", "sst2")
 
@@ -89,6 +89,16 @@ def test_markdown_is_a_table_whatever_the_names() -> None:
     assert lines[2].startswith(r"| `a\|b` | 1 × 1 |")
     assert {line.replace(r"\|", "").count("|") for line in lines[:3]} == {9}
     assert CAPTION in lines and lines[-1] == "- `c-order1-seed0`: TaskError: x"
+
+
+def test_skipped_tasks_are_listed_with_their_reasons(tmp_path) -> None:
+    results = [run("slao"), skipping(run("magmax"), "trec", "task 3 'trec', step 1: the loss is nan")]
+    text = write_comparison(results, tmp_path).read_text()
+    assert text.endswith(
+        "Skipped tasks, which AA counts all the same:\n\n"
+        "- magmax, quickstart order 1, seed 0: trec: task 3 'trec', step 1: the loss is nan\n"
+    )
+    assert "Skipped" not in write_comparison(results[:1], tmp_path).read_text()
 
 
 def test_files(tmp_path) -> None:

@@ -9,7 +9,7 @@ import pytest
 from pydantic import ValidationError
 
 from mbf.report import RESULT_FILE, ResultError, RunResult, load_results
-from tests.report.examples import run
+from tests.report.examples import run, skipping
 
 
 def write(directory: Path, result: RunResult) -> Path:
@@ -25,6 +25,15 @@ def test_results_are_found_below_and_come_back_equal(tmp_path):
     file = write(tmp_path / "a", seqlora)
     assert load_results([tmp_path]) == [seqlora, slao]
     assert load_results([str(file), tmp_path, file]) == [seqlora, slao]
+
+
+def test_skipped_tasks_come_back_and_are_those_of_the_matrix(tmp_path):
+    result = skipping(run(), "agnews", "the loss is nan")
+    write(tmp_path / "a", result)
+    assert load_results([tmp_path]) == [result]
+    assert "skipped" not in json.loads(run().model_dump_json())
+    with pytest.raises(ValidationError, match="skipped has no task, but the matrix agnews"):
+        RunResult.model_validate(result.model_dump() | {"skipped": {}})
 
 
 def test_missing_results(tmp_path):

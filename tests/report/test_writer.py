@@ -12,8 +12,8 @@ from PIL import Image
 
 from mbf.continual.metrics import FORMULAS, ScoreMatrix
 from mbf.report import ResultError, RunResult, summary_rows, write_report
-from mbf.report.style import heat, number, size
-from tests.report.examples import run
+from mbf.report.style import OUTLINE, heat, number, size
+from tests.report.examples import run, skipping
 
 BACK = ("trec", "agnews", "sst2")
 
@@ -268,3 +268,32 @@ def test_text_on_the_heat_scale_contrasts():
     for score in range(101):
         low, high = sorted(map(luminance, heat(float(score))))
         assert (high + 0.05) / (low + 0.05) >= 4.0, score
+
+
+def test_a_skipped_task_is_shown(tmp_path):
+    """Its column is named as one that was not learned, nothing in it is outlined, and a note gives the reason."""
+    plain, left_out = run("slao"), skipping(run("magmax"), "agnews", "task 2 'agnews', step 3: the loss is <nan>")
+    path = write_report([plain, left_out], tmp_path)
+    page = Page(path)
+    assert "magmax, quickstart order 1, seed 0: agnews was skipped and not learned: task 2" in page.text
+    assert "step 3: the loss is <nan>. AA counts its score all the same;" in page.text
+    assert "<nan>" not in path.read_text(encoding="utf-8")
+    table = page.tables["matrix-quickstart-magmax-o1-s0"]
+    assert table[3][0] == "2 agnews skipped" and table[3][-1] == "–"
+    assert page.tables["matrix-quickstart-slao-o1-s0"][3][0] == "2 agnews"
+    titles = [attributes.get("title") for tag, attributes in page.tags if tag == "th" and attributes.get("title")]
+    assert titles.count("skipped: agnews") == 1 and titles.count("after agnews") == 1
+    outlined = [attributes for tag, attributes in page.tags if tag == "td" and attributes.get("class") == "learned"]
+    assert len(outlined) == 3 + 2
+    pictures = [(tmp_path / f"heatmap-quickstart-{name}-o1-s0.png") for name in ("slao", "magmax")]
+    marks = []
+    for picture in pictures:
+        with Image.open(picture) as image:
+            colours = {rgb: n for n, rgb in image.convert("RGB").getcolors(1 << 24)}
+            marks.append(colours[tuple(int(OUTLINE[n : n + 2], 16) for n in (1, 3, 5))])
+    assert marks[1] < 0.75 * marks[0]  # two frames in the place of three
+    assert (
+        (tmp_path / "matrix-quickstart-magmax-o1-s0.csv").read_text().startswith("task,zero-shot,after sst2,skipped a")
+    )
+    (row,) = [row for row in summary_rows([left_out])]
+    assert row.task_seconds.mean == 20.0 / 2

@@ -13,6 +13,7 @@ import pytest
 
 import mbf.report
 from mbf.continual import TaskError
+from mbf.continual.checkpoint import CheckpointError
 from mbf.methods import Method, MethodInfo, base
 from mbf.report import RunResult
 from mbf.run import ConfigError, RunConfig, RunError, resume, run
@@ -20,8 +21,8 @@ from mbf.run.cell import CellKey, cells_of
 from mbf.run.compare import compare, go_on
 from mbf.run.config import MethodSpec, parse_config
 from mbf.run.plan import Comparison, ask, survey
+from tests.run.children import CHILDREN, Bomb, outcome
 from tests.run.test_engine import Recorder
-from tests.run.test_kill import CHILDREN, Bomb, outcome
 from tests.run.tiny import tiny_settings, write_stream
 
 LAST_MERGE = {"name": "slao", "label": "last-merge", "start": "last_merge"}
@@ -324,11 +325,11 @@ def test_a_cell_that_fails_leaves_the_others_and_is_run_again(config, fragile) -
     assert names(found) == ["seqlora-order1-seed0"] and found.left == []
     assert list(found.failed) == ["fragile-order1-seed0"]
     reason = found.failed["fragile-order1-seed0"]
-    assert reason.startswith("NonFiniteAdapterError: ") and "colour" in reason and "\n" not in reason
+    assert reason.startswith("DivergedError: task 2 'colour', step 2: the loss is nan") and "\n" not in reason
     assert found.reasons() == found.failed
     mark = found.directory / "cells" / "fragile-order1-seed0" / "failed.json"
     record = json.loads(mark.read_text())
-    assert record["reason"] == reason and "end_task" in "".join(record["traceback"])
+    assert record["reason"] == reason and "check_step" in "".join(record["traceback"])
     assert any(reason in text for (text,) in progress.of("message"))
 
     again = Lenient()
@@ -362,7 +363,10 @@ def test_whatever_a_method_raises_is_its_own(config, monkeypatch: pytest.MonkeyP
     assert all(reason.startswith(f"{type(error).__name__}:") for reason in found.failed.values())
 
 
-@pytest.mark.parametrize("error", [OSError(28, "No space left on device"), KeyboardInterrupt()])
+@pytest.mark.parametrize(
+    "error",
+    [OSError(28, "No space left on device"), CheckpointError("damaged"), RunError("broken"), KeyboardInterrupt()],
+)
 def test_what_would_break_every_cell_ends_the_call(config, monkeypatch, error: BaseException) -> None:
     monkeypatch.setattr("mbf.run.cell.Cell.run", raising(error))
     with pytest.raises(type(error)):

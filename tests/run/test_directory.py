@@ -51,8 +51,12 @@ def test_a_directory_in_use_is_refused(tmp_path: Path) -> None:
 
 
 def test_what_an_interrupted_start_left_is_no_hindrance(tmp_path: Path) -> None:
-    (tmp_path / "config.yaml").touch()
-    (tmp_path / ".lock").touch()
+    for name in ("config.yaml", ".lock", ".config.yaml.new-0123abcd", ".run.json.new-0123abcd"):
+        (tmp_path / name).touch()
+    with locked(tmp_path):
+        pass
+    assert sorted(path.name for path in tmp_path.iterdir()) == [".lock", "config.yaml"]
+    (tmp_path / ".run.json.new-0123abcd").touch()
     RunDirectory.create(tmp_path, CONFIG, FACTS)
     assert RunDirectory.open(tmp_path).config == CONFIG
 
@@ -63,6 +67,11 @@ def test_one_process_at_a_time(tmp_path: Path) -> None:
     subprocess.run([sys.executable, "-c", code])
     with locked(tmp_path), pytest.raises(RunError, match="another process is running here"), locked(tmp_path):
         pass
+    (tmp_path / "other" / ".lock").mkdir(parents=True)
+    way = "move away the directory that stands where a file is wanted, then do it again"
+    with pytest.raises(OSError, match=way) as error, locked(tmp_path / "other"):
+        pass
+    assert error.value.filename == str(tmp_path / "other")
 
 
 def test_json_is_replaced_in_one_step(tmp_path: Path) -> None:

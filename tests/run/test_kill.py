@@ -1,96 +1,90 @@
 """SIGKILL, at any moment: the run goes on from its last whole checkpoint and ends with the same bits.
 
-Moments are counted in events of Python's audit hooks: opening, renaming and removing of files in the run's directory,
-and in steps and batches told to the progress. A first run counts them all; the others are killed at chosen ones.
+Moments are of two sorts. Some are counted in events: of Python's audit hooks (opening, renaming and removing of files
+in the run's directory), steps and batches told to the progress, and the calls and writes of layers at a task's
+boundary. A first run counts them all and notes what each is part of; others are killed at chosen ones. Other moments
+are of the clock: the parent kills after a random time.
+
+``MBF_KILLS=100 pytest -s tests/run/test_kill.py`` is the long form: so many runs killed at random moments, half of each
+sort, resumed, compared, and a table of what they were killed in.
 """
 
 from __future__ import annotations
 
 import json
-import multiprocessing
 import os
 import random
+import shutil
 import signal
-import sys
+import time
+from collections import Counter
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import pytest
 
 import mbf.report
-from mbf.run import LogProgress, resume, run
+from mbf.run import resume, run
 from mbf.run.config import parse_config
+from tests.run.children import CHILDREN, KINDS, Bomb, mark, outcome
 from tests.run.tiny import tiny_settings, write_stream
 
-# A server that imported everything forks the children: no child pays for the imports again, and none inherits threads.
-CHILDREN = multiprocessing.get_context("forkserver")
-CHILDREN.set_forkserver_preload(["mbf.run.workbench", "mbf.run.cell", "datasets", "tests.run.test_kill"])
-
-EVENTS = ("open", "os.rename", "os.remove", "os.rmdir", "os.mkdir", "shutil.rmtree")
-
-
-class Bomb(LogProgress):
-    """Counts events, writes down the steps, and kills the process at event number ``at``."""
-
-    def __init__(self, root: Path, at: int | None, log: Path) -> None:
-        self.root, self.at, self.log = str(root), at, log
-        self.count = 0
-        sys.addaudithook(self.audit)
-
-    def event(self) -> None:
-        self.count += 1
-        if self.count == self.at:
-            os.kill(os.getpid(), signal.SIGKILL)
-
-    def audit(self, name: str, arguments: tuple[Any, ...]) -> None:
-        if name in EVENTS and str(arguments[0]).startswith(self.root):
-            self.event()
-
-    def write(self, *words: Any) -> None:
-        with self.log.open("a") as file:
-            print(*words, file=file)
-
-    def task_started(self, cell, task, number, total, steps) -> None:
-        self.write("task", number)
-
-    def step(self, step, *rest) -> None:
-        self.write("step", step)
-        self.event()
-
-    def evaluating(self, *rest) -> None:
-        self.event()
+KILLS = int(os.environ.get("MBF_KILLS", "2"))
 
 
 def child(settings: dict[str, Any], root: Path, at: int | None, log: Path) -> None:
     import torch
 
+    import mbf.run.cell as cell
+    import mbf.run.train as training
+    from mbf.continual import ContinualLora
+    from mbf.peft import AdapterLayer
+    from mbf.run.ledger import Ledger
+
     torch.set_num_threads(1)
     os.environ["HF_HUB_OFFLINE"] = "1"
     bomb = Bomb(root, at, log)
     mbf.report.write_report = lambda results, directory: directory  # pictures take longer than all else here
+    for owner, name, kind in (
+        (cell, "train_task", "training"),
+        (cell.Cell, "_evaluate", "evaluation"),
+        (cell.Cell, "_tidy", "bookkeeping"),
+        (Ledger, "write", "bookkeeping"),
+        (ContinualLora, "begin_task", "boundary"),
+        (ContinualLora, "end_task", "boundary"),
+        (AdapterLayer, "write", "boundary"),
+        (ContinualLora, "save", "save"),
+        (ContinualLora, "export", "save"),
+        (training.RunTrainer, "_save_checkpoint", "checkpoint"),
+        (training, "seal", "checkpoint"),
+    ):
+        bomb.watch(owner, name, kind)
     if (root / "run.json").exists():
         resume(root, bomb)
     else:
         run(parse_config(settings | {"output": root}), bomb)
     bomb.at = None
-    bomb.write("events", bomb.count)
+    bomb.write("events", json.dumps(bomb.kinds))
 
 
-def go(settings: dict[str, Any], root: Path, at: int | None, log: Path) -> int:
+def go(settings: dict[str, Any], root: Path, at: int | None, log: Path, seconds: float | None = None) -> int:
+    """Run or resume in a child, which is killed at event ``at`` or after ``seconds``; its exit code."""
     process = CHILDREN.Process(target=child, args=(settings, root, at, log))
     process.start()
+    process.join(seconds)
+    if process.is_alive() and seconds is not None:
+        process.kill()
     process.join()
     assert process.exitcode in (0, -signal.SIGKILL)
     return process.exitcode
 
 
-def outcome(root: Path) -> dict[str, Any]:
-    """What must be the same: every adapter, the state of every learner, all scores and counts of tokens."""
-    found: dict[str, Any] = {str(f.relative_to(root)): f.read_bytes() for f in root.rglob("*.safetensors")}
-    for file in root.rglob("result.json"):
-        result = json.loads(file.read_text())
-        found[str(file.relative_to(root))] = (result["matrix"], result["train_tokens"], result["memory"])
-    return found
+class Unbroken(NamedTuple):
+    """How a run ends, what each of its events is part of, and how long it takes."""
+
+    outcome: dict[str, Any]
+    events: list[str]
+    seconds: float
 
 
 @pytest.fixture(scope="module")
@@ -99,35 +93,72 @@ def settings(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
 
 
 @pytest.fixture(scope="module")
-def unbroken(settings: dict[str, Any], tmp_path_factory: pytest.TempPathFactory) -> tuple[dict[str, Any], int]:
+def unbroken(settings: dict[str, Any], tmp_path_factory: pytest.TempPathFactory) -> Unbroken:
     root = tmp_path_factory.mktemp("unbroken")
+    first = CHILDREN.Process(target=int)  # has the server started
+    first.start()
+    first.join()
+    began = time.perf_counter()
     assert go(settings, root / "run", None, root / "log") == 0
-    return outcome(root / "run"), int((root / "log").read_text().split()[-1])
+    seconds = time.perf_counter() - began
+    events = json.loads((root / "log").read_text().splitlines()[-1].removeprefix("events "))
+    return Unbroken(outcome(root / "run"), [KINDS[kind] for kind in events], seconds)
 
 
-@pytest.mark.parametrize("moment", range(6))
-def test_killed_once(settings, unbroken, tmp_path: Path, moment: int) -> None:
-    wanted, events = unbroken
-    at = random.Random(moment).randint(moment * events // 6 + 1, (moment + 1) * events // 6)
+def killed_in(log: Path) -> str:
+    return KINDS[mark(log).read_bytes()[0]]
+
+
+def event_of(kind: str, events: list[str], draw: random.Random) -> int:
+    return draw.choice([number for number, one in enumerate(events, 1) if one == kind])
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_killed_once(settings, unbroken, tmp_path: Path, kind: str) -> None:
+    wanted, events, _ = unbroken
+    at = event_of(kind, events, random.Random(kind))
     root, log = tmp_path / "run", tmp_path / "log"
     assert go(settings, root, at, log) == -signal.SIGKILL
+    assert killed_in(log) == kind
     assert go(settings, root, None, log) == 0
-    assert outcome(root) == wanted, f"killed at event {at} of {events}"
+    assert outcome(root) == wanted, f"killed at event {at} of {len(events)}, in {kind}"
+
+
+@pytest.mark.timeout(300 + 60 * KILLS)
+def test_killed_at_random(settings, unbroken, tmp_path: Path) -> None:
+    wanted, events, whole = unbroken
+    draw, hit = random.Random(), Counter()
+    while hit.total() < KILLS:
+        number = hit.total()
+        root, log = tmp_path / f"run{number}", tmp_path / f"log{number}"
+        if number % 2:
+            at, seconds = event_of(draw.choice(KINDS), events, draw), None
+        else:
+            at, seconds = None, draw.uniform(0, whole)
+        if go(settings, root, at, log, seconds) != 0:
+            kind = killed_in(log) if mark(log).exists() and mark(log).stat().st_size else "start"
+            hit[f"{kind}, {'by event' if at else 'by clock'}"] += 1
+            assert go(settings, root, None, log) == 0
+            assert outcome(root) == wanted, f"killed at event {at} of {len(events)} or after {seconds} s, in {kind}"
+            if KILLS > 2:
+                print(f"{hit.total():4} of {KILLS}: {kind}, {f'event {at}' if at else f'{seconds:.2f} s'}", flush=True)
+        shutil.rmtree(root, ignore_errors=True)
+    print(*(f"{count:4} in {kind}" for kind, count in sorted(hit.items())), sep="\n")
 
 
 def test_killed_again_and_again(settings, unbroken, tmp_path: Path) -> None:
     """Each process gets a little further, and no step is computed anew but those after the last checkpoint."""
-    wanted, events = unbroken
+    wanted, events, _ = unbroken
     root, log = tmp_path / "run", tmp_path / "log"
     kills = 0
-    while go(settings, root, events // 4 + 3 * kills, log) != 0:
+    while go(settings, root, len(events) // 4 + 3 * kills, log) != 0:
         kills += 1
         assert kills < 20, "makes no headway"
     assert kills >= 3
     assert outcome(root) == wanted
     done: dict[int, int] = {}
     for line in log.read_text().splitlines():
-        kind, number = line.split()
+        kind, number = line.split(maxsplit=1)
         if kind == "task":
             task = int(number)
         elif kind == "step":

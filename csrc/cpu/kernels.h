@@ -68,12 +68,12 @@ Tensors lora_group_backward(MaybeTensors dys, Tensors hs, MaybeTensor x, Tensors
 
 Tensors lora_mlp(Tensor x, Tensors weights, MaybeTensors biases, Tensors A, Tensors B, std::vector<double> scales,
                  MaybeTensors gates, MaybeTensors mixes, std::vector<double> dropout_ps, MaybeTensors seeds,
-                 MaybeTensors merged_Bs, MaybeTensors merge_weights, std::string activation, bool recompute);
+                 MaybeTensors merged_Bs, MaybeTensors merge_weights, int64_t activation, bool recompute);
 
 Tensors lora_mlp_backward(Tensor dy, Tensor x, MaybeTensor g, MaybeTensor u, Tensors hs, Tensors weights,
                           MaybeTensors biases, Tensors A, Tensors B, std::vector<double> scales, MaybeTensors gates,
                           MaybeTensors mixes, std::vector<double> dropout_ps, MaybeTensors seeds,
-                          MaybeTensors merged_Bs, MaybeTensors merge_weights, std::string activation,
+                          MaybeTensors merged_Bs, MaybeTensors merge_weights, int64_t activation,
                           std::vector<bool> needs);
 
 Tensor mora_accumulate(Tensor y, Tensor x, Tensor M, int64_t kind, double scale, double dropout_p, MaybeTensor seed);

@@ -24,10 +24,11 @@ using torch::stable::parallel_for;
 constexpr int64_t kGrain = 8192;      // elements below which a second thread costs more than it saves
 constexpr int64_t kStripRows = 1024;  // that the threads take through the layers together
 
-bool is_gelu(const std::string& activation) {
-  STD_TORCH_CHECK(activation == "silu" || activation == "gelu_tanh", "lora_mlp: activation is '", activation.c_str(),
-                  "'; it must be 'silu' or 'gelu_tanh'");
-  return activation == "gelu_tanh";
+// By its place in mbf/ops/lora_mlp.py.
+bool is_gelu(const char* op, int64_t activation) {
+  STD_TORCH_CHECK(activation == 0 || activation == 1, op, ": activation is ", activation,
+                  "; it must be 0 for silu or 1 for gelu_tanh");
+  return activation == 1;
 }
 
 // gate and up [d_ff, d_in], down [d_out, d_ff].
@@ -355,12 +356,12 @@ MlpGradients backward_layers(const Tensor& dy, const Tensor& x, MaybeTensor g, M
 
 Tensors lora_mlp(Tensor x, Tensors weights, MaybeTensors biases, Tensors A, Tensors B, std::vector<double> scales,
                  MaybeTensors gates, MaybeTensors mixes, std::vector<double> dropout_ps, MaybeTensors seeds,
-                 MaybeTensors merged_Bs, MaybeTensors merge_weights, std::string activation, bool recompute) {
+                 MaybeTensors merged_Bs, MaybeTensors merge_weights, int64_t activation, bool recompute) {
   const char* op = "lora_mlp";
   const std::vector<Layer> layers =
       members(op, weights, &biases, A, B, scales, gates, mixes, dropout_ps, seeds, merged_Bs, merge_weights);
   check_mlp(op, x, layers);
-  const Mlp mlp(x, layers, is_gelu(activation));
+  const Mlp mlp(x, layers, is_gelu(op, activation));
   if (mlp.together()) return forward_strips(x, mlp, recompute);
   if (!mlp.by_chunks()) return forward_layers(x, mlp, recompute);
   return mlp.type == ScalarType::Double ? forward_chunks<double>(x, mlp, recompute)
@@ -370,7 +371,7 @@ Tensors lora_mlp(Tensor x, Tensors weights, MaybeTensors biases, Tensors A, Tens
 Tensors lora_mlp_backward(Tensor dy, Tensor x, MaybeTensor g, MaybeTensor u, Tensors hs, Tensors weights,
                           MaybeTensors biases, Tensors A, Tensors B, std::vector<double> scales, MaybeTensors gates,
                           MaybeTensors mixes, std::vector<double> dropout_ps, MaybeTensors seeds,
-                          MaybeTensors merged_Bs, MaybeTensors merge_weights, std::string activation,
+                          MaybeTensors merged_Bs, MaybeTensors merge_weights, int64_t activation,
                           std::vector<bool> needs) {
   for (Tensor& h : hs) h = packed(h);
   if (g) g = packed(*g);
@@ -389,7 +390,7 @@ Tensors lora_mlp_backward(Tensor dy, Tensor x, MaybeTensor g, MaybeTensor u, Ten
     check_rows_like({op, name}, **kept, x, weights[0].size(0));
     check_type({op, name}, **kept, x.scalar_type());
   }
-  const Mlp mlp(x, layers, is_gelu(activation));
+  const Mlp mlp(x, layers, is_gelu(op, activation));
   const auto differentiate = [&] {
     if (mlp.together()) return backward_strips(dy, x, g, u, hs, mlp, needs[0], asked);
     if (!mlp.by_chunks()) return backward_layers(dy, x, g, u, hs, mlp, needs[0], asked);

@@ -54,6 +54,17 @@ _ACTIVATIONS: dict[str, tuple[Callable[[Tensor], Tensor], Callable[[Tensor, Tens
         partial(torch.ops.aten.gelu_backward.default, approximate="tanh"),
     ),
 }
+# The operators take an activation by its place here: a string would be lost memory, 32 bytes a call, as the stable ABI
+# of torch (2.10 to 2.13) does not free the one that it hands to C++.
+_NAMES = tuple(_ACTIVATIONS)
+
+
+def _name(activation: int) -> str:
+    if not 0 <= activation < len(_NAMES):
+        raise ValueError(
+            f"activation is {activation}; it must be " + " or ".join(f"{n} for {name}" for n, name in enumerate(_NAMES))
+        )
+    return _NAMES[activation]
 
 
 def lora_mlp_ref(
@@ -72,7 +83,7 @@ def _forward(
 ) -> list[Tensor]:
     *lists, activation, recompute = rest
     gate, up, down = zip(weights, biases, branches(lists), strict=True)
-    act, _ = _ACTIVATIONS[activation]
+    act, _ = _ACTIVATIONS[_name(activation)]
     g, h_gate = layer(x, *gate)
     u, h_up = layer(x, *up)
     y, h_down = layer(act(g) * u, *down)
@@ -95,7 +106,7 @@ def _backward(
 ) -> list[Tensor]:
     *lists, activation, needs = rest
     of_layers = branches(lists)
-    act, act_backward = _ACTIVATIONS[activation]
+    act, act_backward = _ACTIVATIONS[_name(activation)]
     if g is None or u is None:
         (g, _), (u, _) = map(layer, (x, x), weights, biases, of_layers, hs)
     of_down = needs[1 + 2 * GRADIENTS :]
@@ -127,19 +138,19 @@ def _forward_gpu(x: Tensor, weights: list[Tensor], biases: list[Tensor | None], 
     from mbf.kernels import lora_mlp as kernels
 
     *lists, activation, recompute = rest
-    return kernels.forward(x, weights, biases, branches(lists), activation, recompute)
+    return kernels.forward(x, weights, biases, branches(lists), _name(activation), recompute)
 
 
 def _backward_gpu(dy: Tensor, x: Tensor, g: Any, u: Any, hs: Any, weights: Any, biases: Any, *rest: Any) -> Any:
     from mbf.kernels import lora_mlp as kernels
 
     *lists, activation, needs = rest
-    found = kernels.backward(dy, x, g, u, hs, weights, biases, branches(lists), activation, needs)
+    found = kernels.backward(dy, x, g, u, hs, weights, biases, branches(lists), _name(activation), needs)
     return found if found is NotImplemented else list(_branch.packed(dy, found))
 
 
 define(
-    f"lora_mlp(Tensor x, Tensor[] weights, Tensor?[] biases, {SCHEMA}, str activation, bool recompute) -> Tensor[]",
+    f"lora_mlp(Tensor x, Tensor[] weights, Tensor?[] biases, {SCHEMA}, int activation, bool recompute) -> Tensor[]",
     _forward,
     _forward_fake,
     _forward_gpu,
@@ -147,7 +158,7 @@ define(
 )
 define(
     "lora_mlp_backward(Tensor dy, Tensor x, Tensor? g, Tensor? u, Tensor[] hs, Tensor[] weights, Tensor?[] biases, "
-    f"{SCHEMA}, str activation, bool[] needs) -> Tensor[]",
+    f"{SCHEMA}, int activation, bool[] needs) -> Tensor[]",
     _backward,
     _backward_fake,
     _backward_gpu,
@@ -162,7 +173,7 @@ class LoraMlp(torch.autograd.Function):
 
     @staticmethod
     def forward(
-        ctx: Any, x: Tensor, given: Operands, activation: str, recompute: bool, *differentiable: Tensor | None
+        ctx: Any, x: Tensor, given: Operands, activation: int, recompute: bool, *differentiable: Tensor | None
     ) -> Tensor:
         recompute = recompute or not any(ctx.needs_input_grad)
         y, g, u, *hs = _below_autograd(x, given, activation, recompute)
@@ -183,7 +194,7 @@ class LoraMlp(torch.autograd.Function):
         return (dx, None, None, None, *rest)
 
 
-def _below_autograd(x: Tensor, given: Operands, activation: str, recompute: bool) -> list[Tensor]:
+def _below_autograd(x: Tensor, given: Operands, activation: int, recompute: bool) -> list[Tensor]:
     with torch._C._AutoDispatchBelowAutograd():
         return _forward_operator(x, *given[:2], *given.branch, activation, recompute)
 
@@ -245,8 +256,8 @@ def lora_mlp(
     if reference_only():
         return lora_mlp_ref(x, *as_layers(given), activation=activation)
     if torch.is_grad_enabled():
-        return apply(LoraMlp, x, given, activation, recompute, *given.differentiable)
-    return _below_autograd(x, given, activation, True)[0]
+        return apply(LoraMlp, x, given, _NAMES.index(activation), recompute, *given.differentiable)
+    return _below_autograd(x, given, _NAMES.index(activation), True)[0]
 
 
 def _wrong_layer(error: AttributeError, layers: Sequence[Any]) -> Exception:

@@ -410,11 +410,12 @@ REFUSED: list[tuple[str, tuple[Any, ...], str]] = [
     ("lora_group_backward", ([None], [hs[0]], x, [W], *LISTS, [True] * 7), "dys has no gradient"),
     ("lora_group_backward", ([y], [], x, [W], *LISTS, [True] * 7), "hs has 0 entries"),
     ("lora_group_backward", ([y], [hs[0]], x, [W], *LISTS, [True] * 6), "needs has 6 entries; it must have 7"),
-    ("lora_mlp", (x, WEIGHTS[:2], NONE3[:2], *(c[:2] for c in MLP), "silu", True), "weights has 2 entries"),
-    ("lora_mlp", (x, [W, W, W], NONE3, *MLP, "silu", True), r"weights\[2\] has shape"),
-    ("lora_mlp", (x, WEIGHTS, NONE3, *MLP, "relu", True), "activation is 'relu'"),
-    ("lora_mlp_backward", (x, x, y[:3], y, hs, WEIGHTS, NONE3, *MLP, "silu", [True] * 19), r"g has shape \[3, 5\]"),
-    ("lora_mlp_backward", (x, x, y, y, hs[:2], WEIGHTS, NONE3, *MLP, "silu", [True] * 19), "hs has 2 entries"),
+    ("lora_mlp", (x, WEIGHTS[:2], NONE3[:2], *(c[:2] for c in MLP), 0, True), "weights has 2 entries"),
+    ("lora_mlp", (x, [W, W, W], NONE3, *MLP, 0, True), r"weights\[2\] has shape"),
+    ("lora_mlp", (x, WEIGHTS, NONE3, *MLP, 2, True), "lora_mlp: activation is 2; it must be 0 for silu or 1 for gelu"),
+    ("lora_mlp_backward", (x, x, y, y, hs, WEIGHTS, NONE3, *MLP, -1, [True] * 19), "backward: activation is -1"),
+    ("lora_mlp_backward", (x, x, y[:3], y, hs, WEIGHTS, NONE3, *MLP, 0, [True] * 19), r"g has shape \[3, 5\]"),
+    ("lora_mlp_backward", (x, x, y, y, hs[:2], WEIGHTS, NONE3, *MLP, 0, [True] * 19), "hs has 2 entries"),
     ("frozen_linear", (x, W[:, :5], None), "weight has shape"),
     ("frozen_linear", (x.double(), W, None), "weight is Float; it must be Double"),
     ("frozen_linear_backward", (y, W.T), "weight has shape"),
@@ -491,7 +492,7 @@ def test_what_lies_elsewhere_in_memory_is_read_where_it_lies() -> None:
         "lora_group_backward": lambda at: ([y], [at(h)], x, [W], *LISTS, [True] * 7),
         "lora_mlp_backward": lambda at: (
             *(dy, x, at(g), at(u), [at(h)] * 3, WEIGHTS, NONE3),
-            *(*MLP, "silu", [True] * 19),
+            *(*MLP, 0, [True] * 19),
         ),
     }.items():
         operator = getattr(raw, name).default

@@ -285,15 +285,15 @@ def test_opcheck(form: str, base: torch.dtype, recompute: bool) -> None:
     lists += [[0.3, 0.0, 0.1], [torch.tensor(SEED), None, torch.tensor(SEED)]]
     lists += [[flat.get(f"{name}{n}") for n in range(3)] for name in ("merged_B", "merge_weight")]
     forward, backward = torch.ops.mbf.lora_mlp.default, torch.ops.mbf.lora_mlp_backward.default
-    torch.library.opcheck(forward, (flat["x"], *lists, "silu", recompute))
-    _, g, u, *hs = forward(flat["x"], *lists, "silu", False)
+    torch.library.opcheck(forward, (flat["x"], *lists, 0, recompute))
+    _, g, u, *hs = forward(flat["x"], *lists, 0, False)
     kept = (None, None) if recompute else (g, u)
     every = [True] + [form == "everything" or n % 6 < 3 for n in range(18)]
-    torch.library.opcheck(backward, (gradient_of(flat), flat["x"], *kept, hs, *lists, "silu", every))
+    torch.library.opcheck(backward, (gradient_of(flat), flat["x"], *kept, hs, *lists, 0, every))
     some = [False] * 7 + [n == 1 for n in range(6)] + [False] * 6
     torch.library.opcheck(
         backward,
-        (gradient_of(flat), flat["x"], *kept, hs, *lists, "gelu_tanh", some),
+        (gradient_of(flat), flat["x"], *kept, hs, *lists, 1, some),
         test_utils=("test_schema", "test_faketensor"),
     )
 

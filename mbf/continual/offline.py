@@ -7,7 +7,7 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from os import PathLike
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from peft import LoraConfig
@@ -45,6 +45,16 @@ class _StoredLayer:
 
     def route(self, terms: Callable[[Layer], BranchTerms] | None, *, own_operator: bool = False) -> None:
         """Nothing computes here."""
+
+
+class _Described(NamedTuple):
+    """What is known of a layer of an adapter whose factors are not in memory."""
+
+    name: str
+    r: int
+    d_in: int
+    d_out: int
+    scale: float
 
 
 @dataclass(frozen=True)
@@ -119,6 +129,9 @@ def merge_adapters(
     same norm. The scale stays, and ``lora_alpha`` follows. Layers at the rank or below it are left as they are. One
     adapter alone is re-compressed.
 
+    All adapters are checked before the first is merged, and read one after another: memory holds one of them at a time,
+    beside the first and what the method keeps, however many there are.
+
     Args:
         adapters: directories that ``save_pretrained`` wrote; at least one.
         out: directory of the merged adapter, which plain PEFT loads. An adapter there is replaced in one step.
@@ -145,18 +158,19 @@ def merge_adapters(
             f"method {method!r} merges with what it saw or learnt while training, which adapters on disk do not carry; "
             f"methods that need nothing else: {', '.join(n for n in available() if get(n).merges_alone)}"
         )
-    configs = [read_config(Path(path)) for path in adapters]
-    loaded = [_layers(Path(path), config) for path, config in zip(adapters, configs, strict=True)]
-    layers, ranks = loaded[0], [layer.A.shape[0] for layer in loaded[0]]
-    for path, other in zip(adapters[1:], loaded[1:], strict=True):
-        _check_fits(Path(adapters[0]), layers, Path(path), other)
-    starts = _starts(rule, options, adapters, loaded)
-    finetuned = [_at_scale_of(layers, task) for task in loaded]
+    paths = [Path(path) for path in adapters]
+    configs = [read_config(path) for path in paths]
+    described = [_describe(path, config) for path, config in zip(paths, configs, strict=True)]
+    for path, other in zip(paths[1:], described[1:], strict=True):
+        _check_fits(paths[0], described[0], path, other)
+    starts = _starts(rule, options, paths, described)
+    layers = _layers(paths[0], configs[0])
     rule.layers = layers
     # A rank that grows starts with random rows: always the same ones, and the caller's random numbers are not touched.
     with torch.no_grad(), torch.random.fork_rng(devices=[]):
         torch.manual_seed(0)
-        for i, factors in enumerate(finetuned, start=1):
+        for i, (path, config) in enumerate(zip(paths, configs, strict=True), start=1):
+            factors = _at_scale_of(layers, _layers(path, config))
             rule.merged = rule.current.clone()
             if i in starts:
                 rule.options = starts[i]
@@ -164,7 +178,7 @@ def merge_adapters(
             rule.write(factors)
             rule.after_task(i, None)
         compressed = _compress(layers, rank) if rank is not None else ()
-    _write(Path(out), layers, configs[0], [layer.A.shape[0] for layer in layers] != ranks)
+    _write(Path(out), layers, configs[0], [layer.A.shape[0] for layer in layers] != [layer.r for layer in described[0]])
     return MergeReport(Path(out), compressed)
 
 
@@ -178,22 +192,21 @@ def _at_scale_of(layers: list[_StoredLayer], task: list[_StoredLayer]) -> Factor
 
 
 def _starts(
-    rule: Method, options: Mapping[str, Any], adapters: Sequence[str | PathLike[str]], loaded: list[list[_StoredLayer]]
+    rule: Method, options: Mapping[str, Any], adapters: Sequence[Path], described: list[list[_Described]]
 ) -> dict[int, Options]:
     """For slao's adapters of several ranks: by task, the options with which it starts at the rank of its adapter."""
-    ranks = [[layer.A.shape[0] for layer in task] for task in loaded]
+    ranks = [[layer.r for layer in task] for task in described]
     other = next((n for n, found in enumerate(ranks) if found != ranks[0]), None)
     if other is None or "rank" not in type(rule).Options.model_fields:
         return {}
-    layer = next(n for n, (a, b) in enumerate(zip(ranks[0], ranks[other], strict=True)) if a != b)
-    found, first = ranks[other][layer], ranks[0][layer]
+    first, layer = next((a.r, b) for a, b in zip(described[0], described[other], strict=True) if a.r != b.r)
     try:
         if any(len(set(task)) > 1 for task in ranks[1:]):
             raise ValueError("the layers of one adapter differ in rank")
         return {i: rule.Options(**{**options, "rank": task[0]}) for i, task in enumerate(ranks[1:], start=2)}
     except ValueError:
         raise ValueError(
-            f"{adapters[other]}: {loaded[other][layer].name} has rank {found}, {adapters[0]} has {first}. {rule.name} "
+            f"{adapters[other]}: {layer.name} has rank {layer.r}, {adapters[0]} has {first}. {rule.name} "
             "goes from rank to rank with basis='rsvd', B_start='preserve' and one rank for all layers of an adapter. "
             f"Otherwise bring each to one rank first (mbf merge ADAPTER --out DIR --rank {min(map(min, ranks))}, or "
             "merge_adapters with rank=), or sum them with method 'inclora'"
@@ -227,17 +240,24 @@ def _layers(path: Path, config: LoraConfig) -> list[_StoredLayer]:
     return [_StoredLayer(name, A, B, scale_of(config, name, A.shape[0])) for name, (A, B) in factors.items()]
 
 
-def _check_fits(first: Path, layers: list[_StoredLayer], path: Path, other: list[_StoredLayer]) -> None:
+def _describe(path: Path, config: LoraConfig) -> list[_Described]:
+    return [
+        _Described(layer.name, layer.A.shape[0], layer.A.shape[1], layer.B.shape[0], layer.scale)
+        for layer in _layers(path, config)
+    ]
+
+
+def _check_fits(first: Path, layers: list[_Described], path: Path, other: list[_Described]) -> None:
     names, found = {layer.name for layer in layers}, {layer.name for layer in other}
     if names != found:
         raise ValueError(
             f"{path} and {first} adapt different layers, e.g. {min(names ^ found)}; train them with one config"
         )
     for a, b in zip(layers, other, strict=True):
-        if a.A.shape[1] != b.A.shape[1] or a.B.shape[0] != b.B.shape[0]:
+        if (a.d_in, a.d_out) != (b.d_in, b.d_out):
             raise ValueError(
-                f"{path}: {b.name} has A {list(b.A.shape)}, B {list(b.B.shape)}; {first} has {list(a.A.shape)}, "
-                f"{list(a.B.shape)}; train both on one model"
+                f"{path}: {b.name} has A {[b.r, b.d_in]}, B {[b.d_out, b.r]}; {first} has {[a.r, a.d_in]}, "
+                f"{[a.d_out, a.r]}; train both on one model"
             )
         if a.scale == 0:
             raise ValueError(f"{first}: {a.name} has scale 0 and computes nothing; leave this adapter out")

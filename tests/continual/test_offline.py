@@ -2,6 +2,7 @@
 
 import json
 import math
+import weakref
 
 import pytest
 import torch
@@ -9,7 +10,7 @@ from peft import LoraConfig, PeftModel
 from safetensors.torch import load_file, save_file
 from torch import nn
 
-from mbf.continual import ContinualLora, MergeReport, merge_adapters
+from mbf.continual import ContinualLora, MergeReport, merge_adapters, offline
 from mbf.peft import save_adapter, sync_config
 from tests.continual.tiny import base_model, logits, peft_model, train
 
@@ -42,6 +43,22 @@ def test_slao_is_its_closed_form(tmp_path):
     assert set(merged) == set(inputs[0])
     plain = PeftModel.from_pretrained(base_model(), out)
     assert (logits(plain) - logits(base_model())).abs().max() > 1e-3
+
+
+def test_memory_holds_one_adapter_at_a_time_beside_the_first(tmp_path, monkeypatch):
+    paths, alive, most = trained(tmp_path, 6), [], 0
+    read = offline._layers
+
+    def watched(*of):
+        nonlocal most
+        layers = read(*of)
+        alive.append(weakref.ref(layers[0]))
+        most = max(most, sum(layer() is not None for layer in alive))
+        return layers
+
+    monkeypatch.setattr(offline, "_layers", watched)
+    merge_adapters(paths, tmp_path / "out", "inclora")
+    assert len(alive) == 13 and most == 2
 
 
 @pytest.mark.parametrize(

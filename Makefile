@@ -7,6 +7,7 @@ BENCH ?= bench/*.py
 PEFT_SUITE ?=
 METHODS ?= --budget 110
 SANITIZE ?=
+FUZZ ?= all
 
 # The first Python that is new enough and can make virtual environments; `make PYTHON=/path/to/python3` overrides.
 PYTHON ?= $(shell for p in python3 python3.11 python3.12 python3.13 python3.14 python3.10; do \
@@ -19,7 +20,7 @@ native := setup.py csrc/ops.cpp csrc/portable.cpp csrc/portable.map $(shell find
 export HF_HUB_DISABLE_TELEMETRY := 1
 
 .DEFAULT_GOAL := help
-.PHONY: help run test peft-suite lint emulation sanitize wheel wheel-check vulnerabilities bench methods docs docs-serve clean
+.PHONY: help run test peft-suite lint emulation sanitize fuzz wheel wheel-check vulnerabilities bench methods docs docs-serve clean
 .DELETE_ON_ERROR:
 .NOTPARALLEL:
 
@@ -31,6 +32,7 @@ help: ## show this list
 	@echo '  make test PYTEST="-x tests/ops"                         other arguments for pytest'
 	@echo '  make peft-suite PEFT_SUITE="--peft-version 0.18.1"       another PEFT'
 	@echo '  make sanitize SANITIZE="--calls 5000 --seed 1"           more random calls, and others'
+	@echo '  make fuzz FUZZ="jsonl --inputs 100000 --seed 1"          one reader, fewer inputs'
 	@echo '  make PYTHON=/usr/bin/python3.12 run                     another Python (3.10 or newer)'
 
 run: $(done)/run $(done)/native ## install what a run needs, then learn RUN (default: the quickstart) and write its report
@@ -57,6 +59,10 @@ emulation: $(done)/test $(done)/native ## the tests of the CUDA kernels on the C
 sanitize: $(done)/test $(done)/native ## the C++ of the CPU under AddressSanitizer, UBSan and LeakSanitizer, with random calls
 	MBF_SANITIZE=1 MBF_BUILD_CPU=1 MBF_BUILD_CUDA=0 $(bin)/python setup.py -q build_ext
 	$(bin)/python -m tests.sanitize $(SANITIZE)
+
+# Forty minutes for all; tests.fuzz.guided READER follows branches with Atheris.
+fuzz: $(done)/test $(done)/native ## a million wrong inputs for every reader of files, or those of FUZZ
+	$(bin)/python -m tests.fuzz $(FUZZ)
 
 wheel: $(done)/dev ## build the wheel and the sdist into dist/; audit the wheel, tag it for every Linux it serves, add its bill of materials
 	rm -rf dist build/lib* build/bdist* build/wheel

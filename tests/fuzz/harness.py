@@ -21,7 +21,8 @@ from tests.fuzz import targets
 LONGEST = 1 << 14
 """Bytes of an input: mutations beyond are cut."""
 
-_WORDS = [b"\0", b"\xff", b"\xef\xbb\xbf", b"\xff\xfe", b"\xc3", b"\xed\xa0\x80", b"\r\n", b"\n", b"\t", b'"', b"../"]
+WORDS = [b"\0", b"\xff", b"\xef\xbb\xbf", b"\xff\xfe", b"\xc3", b"\xed\xa0\x80", b"\r\n", b"\n", b"\t", b'"', b"../"]
+"""Tokens of every format."""
 
 
 def names() -> list[str]:
@@ -36,7 +37,7 @@ def target(name: str) -> ModuleType:
 def inputs(module: ModuleType, count: int, seed: int) -> Iterator[bytes]:
     """``count`` inputs: the seeds as they are, then mutations of them; the same for the same seed."""
     corpus: list[bytes] = module.seeds()
-    words = [*_WORDS, *getattr(module, "WORDS", [])]
+    words = [*WORDS, *getattr(module, "WORDS", [])]
     draw = random.Random(seed)
     for number in range(count):
         if number < len(corpus):

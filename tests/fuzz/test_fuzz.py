@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import subprocess
+import sys
 from pathlib import Path
 from types import ModuleType
 
@@ -38,3 +40,31 @@ def test_a_find_is_counted_and_kept(
     kept = [file.read_bytes() for file in tmp_path.iterdir()]
     assert len(kept) == 3 and b"good" not in kept
     assert "KeyError: 'planted'" in capsys.readouterr().out
+
+
+GUIDED = """
+import sys
+from types import ModuleType
+from tests.fuzz import guided
+planted = ModuleType("planted")
+def one(data):
+    if data[:1] == b"b" and len(data) > 2:
+        raise KeyError("planted")
+vars(planted).update(seeds=lambda: [b"good", b"b"], one=one)
+if "--planted" in sys.argv:
+    sys.argv.remove("--planted")
+    guided.target = lambda name: planted
+guided.main()
+"""
+
+
+@pytest.mark.parametrize(("planted", "finds"), [([], 0), (["--planted"], 1)])
+def test_guided_by_branches(planted: list[str], finds: int, tmp_path: Path) -> None:
+    pytest.importorskip("atheris")
+    command = [sys.executable, "-c", GUIDED, "jsonl", "--inputs", "200000" if planted else "500", *planted]
+    done = subprocess.run([*command, "--corpus", tmp_path], capture_output=True, text=True, check=False)
+    assert bool(done.returncode) == bool(finds), done.stderr[-2000:]
+    kept = [path.read_bytes() for path in tmp_path.glob("jsonl-crash-*")]
+    assert len(kept) == finds and all(data[:1] == b"b" for data in kept)
+    assert ("KeyError: 'planted'" in done.stdout + done.stderr) == bool(finds)
+    assert planted or len(list((tmp_path / "jsonl").iterdir())) > len(target("jsonl").seeds())

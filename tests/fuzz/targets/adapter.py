@@ -6,20 +6,18 @@ The first byte says which: even, the configuration (``_json.document``); odd, th
 
 from __future__ import annotations
 
-import atexit
 import json
 import math
-import shutil
 import warnings
 from functools import cache
 from pathlib import Path
-from tempfile import mkdtemp
 
 import torch
 from peft import LoraConfig
 from safetensors.torch import save
 
 from mbf.peft.stored import CONFIG, WEIGHTS, check_config, check_factors, rank_of, read_tensors, scale_of
+from tests.fuzz.targets._files import written
 from tests.fuzz.targets._json import document, tensors_file
 
 PATH = Path("/adapter") / CONFIG
@@ -73,17 +71,8 @@ def _config(data: bytes) -> None:
     assert math.isfinite(scale_of(config, LAYER, r))
 
 
-@cache
-def _file() -> Path:
-    shared = Path("/dev/shm")
-    root = Path(mkdtemp(prefix="mbf-fuzz-", dir=shared if shared.is_dir() else None))
-    atexit.register(shutil.rmtree, root)
-    return root / WEIGHTS
-
-
 def _tensors(data: bytes) -> None:
-    file = _file()
-    file.write_bytes(tensors_file(data, tensors()))
+    file = written(tensors_file(data, tensors()), WEIGHTS)
     try:
         factors = check_factors(read_tensors(file), LoraConfig(r=2, lora_alpha=4), file)
     except ValueError as error:

@@ -7,12 +7,9 @@ What is accepted must be what was asked for, and what is refused must say where.
 
 from __future__ import annotations
 
-import atexit
 import json
-import shutil
 from functools import cache
 from pathlib import Path
-from tempfile import mkdtemp
 
 import torch
 from safetensors.torch import save
@@ -21,6 +18,7 @@ from mbf.continual.atomic import sha256_of
 from mbf.continual.checkpoint import HEADER, PARTS, STATE, CheckpointError, Header, check_state, read_header
 from mbf.methods._state import Factors, gather, spread
 from mbf.peft.stored import read_tensors
+from tests.fuzz.targets._files import written
 from tests.fuzz.targets._json import document, tensors_file
 
 PATH = Path("/learner") / HEADER
@@ -82,18 +80,15 @@ def _header(data: bytes) -> None:
 
 @cache
 def _root() -> Path:
-    """A checkpoint whose state file is written anew for every input; in memory, where the system has such a place."""
-    shared = Path("/dev/shm")
-    root = Path(mkdtemp(prefix="mbf-fuzz-", dir=shared if shared.is_dir() else None))
-    atexit.register(shutil.rmtree, root)
+    """A checkpoint whose state file is written anew for every input."""
     for name in PARTS:
-        (root / name).write_bytes(b"")
-    return root
+        path = written(b"", f"learner/{name}")
+    return path.parent
 
 
 def _state_file(data: bytes) -> None:
     root = _root()
-    (root / STATE).write_bytes(tensors_file(data[1:], state()))
+    written(tensors_file(data[1:], state()), f"learner/{STATE}")
     header = {**GOOD, "sha256": {name: sha256_of(root / name) for name in PARTS}}
     if data[0] & 2:
         del header["state"]

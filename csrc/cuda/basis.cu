@@ -337,7 +337,8 @@ void Basis::write(const std::vector<Tensor>& Q, int32_t* status, const int32_t* 
 }
 
 Tensor orthonormal_rows(Tensors A, Tensors Q) {
-  STD_TORCH_CHECK(!A.empty() && A.size() == Q.size(), "orthonormal_rows: no matrix, or not a Q for every A");
+  STD_TORCH_CHECK(!A.empty() && A.size() == Q.size(),
+                  "orthonormal_rows: no matrix, or not a Q for every A; pass one or more, and as many Q");
   Tensors from;
   for (const Tensor& stack : A) from.push_back(torch::stable::contiguous(stack));
   const Launcher launcher(A[0]);

@@ -169,7 +169,8 @@ __global__ void __launch_bounds__(kNorms* kWarp) add_pieces_kernel(const __grid_
 
 template <Action kAction>
 void launch_pairs(ScalarType merged, ScalarType finetuned, const Pairs& pairs, int64_t pieces, cudaStream_t stream) {
-  STD_TORCH_CHECK(pieces < int64_t{1} << 31, "merge_: ", pieces, " pieces of ", kPiece, " elements are too many");
+  STD_TORCH_CHECK(pieces < int64_t{1} << 31, "merge_: ", pieces, " pieces of ", kPiece,
+                  " elements are too many; merge fewer tensors a call");
   with_type(merged, "merge_: merged", [&](auto m) {
     with_type(finetuned, "merge_: finetuned", [&](auto f) {
       using M = typename decltype(m)::type;
@@ -223,14 +224,15 @@ const double* weight_on_device(const Tensor& weight) {
 }
 
 MergeLists contiguous_pairs(const char* name, const std::vector<Tensor>& merged, const std::vector<Tensor>& finetuned) {
-  STD_TORCH_CHECK(merged.size() == finetuned.size(), name, ": ", merged.size(), " tensors and ", finetuned.size());
+  STD_TORCH_CHECK(merged.size() == finetuned.size(), name, ": ", merged.size(), " tensors and ", finetuned.size(),
+                  "; pass one for each");
   MergeLists lists;
   for (size_t n = 0; n < merged.size(); ++n) {
     const Tensor &m = merged[n], &f = finetuned[n];
-    STD_TORCH_CHECK(m.sizes().equals(f.sizes()), name, ": the shapes of pair ", n, " differ");
+    STD_TORCH_CHECK(m.sizes().equals(f.sizes()), name, ": the shapes of pair ", n, " differ; pass two of one shape");
     STD_TORCH_CHECK(on_device(m) && on_device(f) && m.get_device_index() == merged[0].get_device_index() &&
                         f.get_device_index() == m.get_device_index(),
-                    name, ": pair ", n, " is not on the device of the first");
+                    name, ": pair ", n, " is not on the device of the first; move it there");
     with_type(m.scalar_type(), "merge_: merged", [](auto) {});
     with_type(f.scalar_type(), "merge_: finetuned", [](auto) {});
     lists.merged.push_back(torch::stable::contiguous(m));

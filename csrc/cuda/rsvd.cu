@@ -174,7 +174,7 @@ Tensor sketch(Tensor seeds, int64_t n, int64_t columns) {
 }
 
 Tensors svd(Tensors matrices) {
-  STD_TORCH_CHECK(!matrices.empty(), "svd: no matrix");
+  STD_TORCH_CHECK(!matrices.empty(), "svd: no matrix; pass one or more");
   Tensors parts[3], from;
   int64_t count = 0, numbers = 0;
   for (const Tensor& stack : matrices) {

@@ -61,9 +61,7 @@ _NAMES = tuple(_ACTIVATIONS)
 
 def _name(activation: int) -> str:
     if not 0 <= activation < len(_NAMES):
-        raise ValueError(
-            f"activation is {activation}; it must be " + " or ".join(f"{n} for {name}" for n, name in enumerate(_NAMES))
-        )
+        raise ValueError(f"activation is {activation}; it must be 0 for silu or 1 for gelu_tanh")
     return _NAMES[activation]
 
 

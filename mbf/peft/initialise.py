@@ -54,7 +54,11 @@ def orthogonalize_(model: nn.Module, adapter: str = "default", *, B: Literal["pr
     values: list[tuple[Tensor, Tensor]] = [(layer.A, q) for layer, q in zip(layers, Q, strict=True)]
     if B == "preserve":
         folded = [_fold(layer.A, layer.B, q) for layer, q in zip(layers, Q, strict=True)]
-        check_finite(layers, folded, "B L, which keeps B A as it is,", "does not fit its dtype; cast A and B to fp32")
+        if bad := first_not_finite(layers, folded):
+            raise ValueError(
+                f"layer {bad}: B L, which keeps B A as it is, holds NaN or infinity and does not fit its dtype; "
+                "cast A and B to fp32"
+            )
         values += [(layer.B, new) for layer, new in zip(layers, folded, strict=True)]
     _write(values)
     if B == "carry":
@@ -123,7 +127,10 @@ def product_layers(model: nn.Module, adapter: str, variants: set[str]) -> list[A
                     f"{parameter.device}; load the adapter whole, in fp32, bf16 or fp16"
                 )
     for factor, parameters in (("A", [layer.A for layer in layers]), ("B", [layer.B for layer in layers])):
-        check_finite(layers, parameters, factor, "is no start for anything; train the adapter anew")
+        if bad := first_not_finite(layers, parameters):
+            raise ValueError(
+                f"layer {bad}: {factor} holds NaN or infinity and is no start for anything; train the adapter anew"
+            )
     return layers
 
 
@@ -139,7 +146,9 @@ def _more_than_a_product(module: Any, adapter: str, variants: set[str]) -> str |
     return None
 
 
-def check_finite(layers: Sequence[AdapterLayer], tensors: Sequence[Tensor], what: str, advice: str) -> None:
+def first_not_finite(layers: Sequence[AdapterLayer], tensors: Sequence[Tensor]) -> str | None:
+    """The name of the first layer whose tensor holds NaN or infinity."""
     for layer, tensor in zip(layers, tensors, strict=True):
         if not torch.stack(tensor.aminmax()).isfinite().all():
-            raise ValueError(f"layer {layer.name}: {what} holds NaN or infinity and {advice}")
+            return layer.name
+    return None

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from mbf.ops import rsvd
 from mbf.peft.adapter import AdapterLayer
 from mbf.peft.eligibility import PLAIN, plain_weight
-from mbf.peft.initialise import check_finite, product_layers
+from mbf.peft.initialise import first_not_finite, product_layers
 
 _AT_A_TIME = 1 << 28  # bytes of weights in fp32 that are decomposed in one call
 
@@ -84,7 +84,8 @@ def init_pissa_(
     factors: list[tuple[Tensor, Tensor]] = [(layer.A, layer.B) for layer in layers]
     for here in _chunks(targets):
         weights = [_whole(targets[n]) if force else targets[n].W.to(_wide(targets[n].W)) for n in here]
-        check_finite([layers[n] for n in here], weights, "W", "has no singular values; load the model anew")
+        if bad := first_not_finite([layers[n] for n in here], weights):
+            raise ValueError(f"layer {bad}: W holds NaN or infinity and has no singular values; load the model anew")
         r = layers[here[0]].A.shape[0]
         triples: Iterable[tuple[Tensor, Tensor, Tensor]] = (
             _svd(weights, r) if exact else rsvd(weights, r, n_iter=n_iter, oversample=oversample, generator=generator)
@@ -95,9 +96,11 @@ def init_pissa_(
             A, B = (root[:, None] * Vh).to(layer.A.dtype), (U * root).to(layer.B.dtype)
             residual = _less(W, layer.scale, A, B).to(targets[n].W.dtype)
             for name, tensor in (("A", A), ("B", B), ("W", residual)):
-                check_finite(
-                    [layer], [tensor], f"the new {name}", "does not fit its dtype; load the model in bf16 or fp32"
-                )
+                if first_not_finite([layer], [tensor]):
+                    raise ValueError(
+                        f"layer {layer.name}: the new {name} holds NaN or infinity and does not fit its dtype; "
+                        "load the model in bf16 or fp32"
+                    )
             factors[n] = A.to(layer.A.device), B.to(layer.B.device)
     _exchange(targets, factors, force)
 

@@ -95,6 +95,12 @@ def _calls(tree: ast.Module) -> Iterator[tuple[list[Scope], ast.Call]]:
 def _assigned(body: ast.AST) -> Scope:
     """Names → what is assigned to them in a module or function, not in the functions within it."""
     found: Scope = {}
+    if isinstance(body, ast.FunctionDef):  # what a parameter is where no call says otherwise
+        named = [*body.args.posonlyargs, *body.args.args]
+        last = named[len(named) - len(body.args.defaults) :]
+        pairs = [*zip(last, body.args.defaults, strict=True)]
+        pairs += [(arg, value) for arg, value in zip(body.args.kwonlyargs, body.args.kw_defaults, strict=True) if value]
+        found = {arg.arg: [value] for arg, value in pairs if isinstance(value, ast.Name)}
     nodes = list(ast.iter_child_nodes(body))
     while nodes:
         node = nodes.pop(0)
@@ -108,7 +114,11 @@ def _assigned(body: ast.AST) -> Scope:
                     for one, value in zip(target.elts, node.value.elts, strict=False):
                         if isinstance(one, ast.Name):
                             found.setdefault(one.id, []).append(value)
-        elif isinstance(node, ast.AnnAssign) and isinstance(node.target, ast.Name) and node.value is not None:
+        elif (
+            isinstance(node, ast.NamedExpr | ast.AnnAssign)
+            and isinstance(node.target, ast.Name)
+            and node.value is not None
+        ):
             found.setdefault(node.target.id, []).append(node.value)
         nodes += ast.iter_child_nodes(node)
     return found
@@ -145,6 +155,23 @@ class Reader:
         if isinstance(node, ast.Call) and _name(node.func) == "format" and isinstance(node.func, ast.Attribute):
             templates = self.read(node.func.value)
             return None if templates is None else [re.sub(r"\{\w*\}", "‹name›", text) for text in templates]
+        if isinstance(node, ast.Call) and isinstance(node.func, ast.Name):
+            return self._returned(node.func.id)
+        return None
+
+    def _returned(self, name: str) -> list[str] | None:
+        """The texts that a function of the module returns, where it says what is wrong, or None."""
+        for function in trees()[self._module].body:
+            if (
+                isinstance(function, ast.FunctionDef)
+                and function.name == name
+                and function.returns is not None
+                and ast.unparse(function.returns) == "str | None"
+            ):
+                inner = Reader(self._module, [self._scopes[0], _assigned(function)])
+                values = [one.value for one in ast.walk(function) if isinstance(one, ast.Return) and one.value]
+                texts = [inner.read(one) for one in values if not (isinstance(one, ast.Constant) and one.value is None)]
+                return [text for one in texts for text in one] if texts and None not in texts else None
         return None
 
     def _product(self, pieces: list[list[str]]) -> list[str]:

@@ -209,7 +209,8 @@ LayerGradients backward(const std::vector<MaybeTensor>& dys, const std::vector<T
   std::vector<Tensor> hs;
   for (const Tensor& h : saved) hs.push_back(packed(h));
   const auto used = std::find_if(dys.begin(), dys.end(), [](const MaybeTensor& dy) { return dy.has_value(); });
-  STD_TORCH_CHECK(used != dys.end(), "the backward of a low-rank layer was given no gradient");
+  STD_TORCH_CHECK(used != dys.end(),
+                  "the backward of a low-rank layer was given no gradient; pass dy of one member or more");
   const ScalarType type = (*used)->scalar_type();
   if (type != ScalarType::Double && !any_wide(layers)) {
     return differentiate<float>(dys, hs, x, layers, need_dx, asked, **used);

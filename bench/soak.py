@@ -32,10 +32,10 @@ import torch
 from common import csv_rows, facts
 from peft import LoraConfig, PeftModel, get_peft_model
 from rich.progress import track
-from safetensors.torch import load_file
 from transformers import LlamaConfig, LlamaForCausalLM
 
 from mbf.continual import ContinualLora, merge_adapters
+from mbf.peft.stored import read_tensors
 from mbf.run import LogProgress
 from mbf.run import run as run_stream
 from mbf.run.config import parse_config
@@ -91,9 +91,11 @@ class ClosedForm:
 
     def error(self, merged: Sequence[torch.Tensor]) -> float:
         """‖B_merge − Σ w_i B_i‖ / ‖Σ w_i B_i‖, the largest over the layers."""
-        shape = self._tasks, sum(self._sizes)
-        stored = torch.from_file(str(self._file), size=math.prod(shape)).view(shape)
-        wanted = (weights(self._tasks)[:, None] * stored.double()).sum(0).split(self._sizes)
+        total = torch.zeros(sum(self._sizes), dtype=torch.float64)
+        with self._file.open("rb") as file:  # a task at a time, so that it is not this that grows
+            for weight in weights(self._tasks).tolist():
+                total += weight * torch.frombuffer(bytearray(file.read(4 * len(total))), dtype=torch.float32).double()
+        wanted = total.split(self._sizes)
         return max(
             float((b.detach().double().flatten() - w).norm() / w.norm()) for b, w in zip(merged, wanted, strict=True)
         )
@@ -115,7 +117,7 @@ def sample(task: int, seconds: float, boundary: float, state: int, error: float)
 def saved(state: Path) -> tuple[list[torch.Tensor], list[torch.Tensor]]:
     """B as fine-tuned and as merged, of a learner on disk; checks that A was replaced."""
     header = json.loads((state / "learner.json").read_text(encoding="utf-8"))
-    kept, adapter = load_file(state / "learner.safetensors"), load_file(state / "adapter_model.safetensors")
+    kept, adapter = read_tensors(state / "learner.safetensors"), read_tensors(state / "adapter_model.safetensors")
     finetuned, merged = [], []
     for n, name in enumerate(header["layers"]):
         if not torch.equal(kept[f"ft.A.{n}"], adapter[f"base_model.model.{name}.lora_A.weight"]):
@@ -241,7 +243,7 @@ def merge(tasks: int, folder: Path) -> Iterator[Sample]:
             began = time.perf_counter()
             merge_adapters(adapters, folder / "merged")
             seconds = time.perf_counter() - began
-            found = load_file(folder / "merged" / "adapter_model.safetensors")
+            found = read_tensors(folder / "merged" / "adapter_model.safetensors")
             merged = [found[name.replace(".default", "")] for name in names]
             size = sum(tensor.numel() * tensor.element_size() for tensor in found.values())
             yield sample(number, seconds, 0.0, size, closed.error(merged))

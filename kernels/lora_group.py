@@ -38,7 +38,7 @@ def backward(
     branches: Sequence[Any],
     needs: Sequence[bool],
 ) -> Any:
-    """``layers_backward`` of ``mbf/ops/lora_group.py``, or NotImplemented."""
+    """``layers_backward`` of ``mbf/ops/_layers.py``, or NotImplemented."""
     given = [n for n, dy in enumerate(dys) if dy is not None]
     if not given or not hs[0].numel() or not supported(branches, x, *dys):
         return NotImplemented

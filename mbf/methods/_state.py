@@ -59,6 +59,8 @@ def gather(flat: Mapping[str, Tensor]) -> State:
             raise ValueError(f"{name} has inf or NaN")
         key, *rest = name.split(".")
         match rest:
+            case [] | ["number"] if key in state:
+                raise ValueError(f"{key} is of two kinds")
             case []:
                 state[key] = tensor
             case ["number"] if tensor.ndim == 0:

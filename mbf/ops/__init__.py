@@ -1,12 +1,13 @@
 """The operators of mbf: the fused LoRA layer, bases, merges, and the dropout that they share."""
 
+from mbf.ops._layers import GroupLayer
 from mbf.ops._library import native_status, use_backend
 from mbf.ops._terms import BranchTerms
 from mbf.ops.basis import orthonormal_rows, orthonormal_rows_ref
 from mbf.ops.frozen_linear import frozen_linear, frozen_linear_ref
 from mbf.ops.lilora import LiloraTerms, lilora_accumulate, lilora_accumulate_ref
 from mbf.ops.lora_accumulate import lora_accumulate, lora_accumulate_ref
-from mbf.ops.lora_group import GroupLayer, lora_group, lora_group_ref
+from mbf.ops.lora_group import lora_group, lora_group_ref
 from mbf.ops.lora_linear import LoraTerms, lora_linear, lora_linear_ref
 from mbf.ops.lora_mlp import lora_mlp, lora_mlp_ref
 from mbf.ops.merge import MergeNorms, merge_, merge_ref_

@@ -22,9 +22,7 @@ from torch.nn import functional as F
 from mbf.ops import _branch
 from mbf.ops._composed import GRADIENTS, composed_backward, composed_forward
 from mbf.ops._gpu import entrance, with_cuda
-from mbf.ops._library import define, reference_only
-from mbf.ops._operands import autocast_to, autocasts
-from mbf.ops.lora_group import (
+from mbf.ops._layers import (
     SCHEMA,
     GroupLayer,
     Operands,
@@ -44,6 +42,8 @@ from mbf.ops.lora_group import (
     saved,
     wrong_types,
 )
+from mbf.ops._library import define, reference_only
+from mbf.ops._operands import autocast_to, autocasts
 
 Activation = Literal["silu", "gelu_tanh"]
 _LAYERS = ("gate", "up", "down")

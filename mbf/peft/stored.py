@@ -14,7 +14,7 @@ from typing import Any
 import torch
 from peft import LoraConfig
 from peft.utils.other import get_pattern_key
-from safetensors.torch import load_file
+from safetensors.torch import load
 from torch import Tensor
 
 CONFIG = "adapter_config.json"
@@ -96,7 +96,8 @@ def check_config(data: Any, path: Path) -> LoraConfig:
 
 
 def read_tensors(path: Path) -> dict[str, Tensor]:
-    """The tensors of a safetensors file, in memory: torch's own would stay mapped to a file that others may cut off.
+    """The tensors of a safetensors file, in memory: those of ``load_file`` stay mapped to a file that others may cut
+    off, and 64 bytes of each are never freed (safetensors 0.8).
 
     Raises:
         ValueError: it is missing, cannot be read, or is damaged.
@@ -104,7 +105,8 @@ def read_tensors(path: Path) -> dict[str, Tensor]:
     if not path.is_file():
         raise ValueError(f"{path} is missing; restore it from a copy")
     try:
-        return {name: tensor.clone() for name, tensor in load_file(path).items()}
+        tensors = load(path.read_bytes())
+        return {name: tensors.pop(name).clone() for name in list(tensors)}
     except Exception as error:  # of Rust and of torch, by what the header says: their classes are not documented
         raise ValueError(f"{path} is damaged ({_first_line(error)}); restore it from a copy") from None
 

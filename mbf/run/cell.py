@@ -16,7 +16,7 @@ from transformers import set_seed
 
 from mbf import methods
 from mbf.continual import ContinualLora, DivergedError
-from mbf.continual.checkpoint import CheckpointError
+from mbf.continual.header import CheckpointError
 from mbf.report import RunResult, TaskMemory
 from mbf.report.result import parse_result
 from mbf.run.checkpoint import newest

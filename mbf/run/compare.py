@@ -20,7 +20,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from mbf.continual.checkpoint import CheckpointError
+from mbf.continual.header import CheckpointError
 from mbf.run.cell import Cell, CellKey, cells_of
 from mbf.run.config import RunConfig
 from mbf.run.directory import CellDirectory, RunDirectory, RunError, check_free, locked, write_json
@@ -70,7 +70,7 @@ def compare(
         ConfigError, mbf.streams.StreamError, ValueError: the configuration does not fit the stream or the model; then
             nothing was written.
         OSError: a disk that is full, say, which would break every other cell, too.
-        mbf.continual.checkpoint.CheckpointError: a cell's learner is damaged; nothing of it was touched.
+        mbf.continual.CheckpointError: a cell's learner is damaged; nothing of it was touched.
     """
     deadline = None if budget is None else time.monotonic() + 60 * budget
     progress = progress or LogProgress()

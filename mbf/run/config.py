@@ -5,6 +5,7 @@ from __future__ import annotations
 import difflib
 import hashlib
 import json
+import os
 import re
 from collections.abc import Mapping
 from pathlib import Path
@@ -174,7 +175,7 @@ class RunConfig(_Section):
             return value
         if isinstance(value, str | Path) and str(value):
             # a run may be resumed from another working directory
-            own = str(value) not in packaged() and Path(value).exists()
+            own = str(value) not in packaged() and os.path.exists(value)  # pathlib's raises where a name is too long
             return str(Path(value).resolve() if own else value)
         raise ValueError(f"found {value!r}, wanted a packaged stream's name, a path, or a specification")
 
@@ -241,7 +242,7 @@ def read_source(source: str | Path, settings: Mapping[str, Any] | None = None) -
         if "stream" in read or "tasks" not in read:
             data = read
             beside = path.parent / data["stream"] if isinstance(data.get("stream"), str) else None
-            if beside is not None and beside.exists():
+            if beside is not None and os.path.exists(beside):
                 data["stream"] = str(beside.resolve())
     return set_keys(data, settings or {})
 

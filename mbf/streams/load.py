@@ -60,10 +60,11 @@ def _describe(spec: str | os.PathLike[str] | StreamSpec | Mapping[str, Any]) -> 
         return spec
     if isinstance(spec, Mapping):
         return parse_spec(spec, "the stream")
-    path = Path(spec).expanduser()
-    if path.is_dir():
+    path = Path(os.path.expanduser(spec))
+    # os.path's: pathlib's raise where a name is too long.
+    if os.path.isdir(path):
         return folder_spec(path)
-    if path.is_file() and path.suffix in (".yaml", ".yml"):
+    if os.path.isfile(path) and path.suffix in (".yaml", ".yml"):
         return read_spec(path)
     close = difflib.get_close_matches(str(spec), packaged(), n=1)
     hint = f"; did you mean {close[0]!r}?" if close else "."

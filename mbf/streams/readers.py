@@ -10,7 +10,7 @@ from mbf.streams.columns import read_columns
 from mbf.streams.prompts import instruction, question
 from mbf.streams.sapt import read_sapt
 from mbf.streams.spec import TaskSpec
-from mbf.streams.task import Content, Example, Row, Split, Task, make_task, sample
+from mbf.streams.task import Content, Example, Row, Split, StreamError, Task, make_task, sample
 
 logger = logging.getLogger(__name__)
 
@@ -30,10 +30,16 @@ def read_task(
     Raises:
         StreamError: a missing file, split or column, an empty value, or a label outside the set.
     """
-    if spec.path is not None and any(spec.path.glob("train.json")):
-        content = read_sapt(spec)
-    else:
-        content = read_columns(spec, cache)
+    try:
+        if spec.path is not None and any(spec.path.glob("train.json")):
+            content = read_sapt(spec)
+        else:
+            content = read_columns(spec, cache)
+    except OSError as error:  # a name that no file can have, a folder that may not be looked into
+        if spec.path is None:
+            raise
+        reason = f"{error.strerror}: {error.filename}"
+        raise StreamError(f"task {spec.name!r} cannot be read ({reason}); name files that can") from None
     labels = _labels(spec, content)
     limits: dict[Split, int | None] = {"train": train_rows, "validation": test_rows, "test": test_rows}
     return make_task(

@@ -16,8 +16,21 @@ class YamlError(ValueError):
     """No YAML that is taken; the text is one line and names the line where there is one."""
 
 
+_TAGS = tuple(f"tag:yaml.org,2002:{name}" for name in ("null", "bool", "int", "float", "str", "seq", "map"))
+
+
 class _Loader(yaml.SafeLoader):
-    """Aliases can make a few lines stand for a billion values, and brackets overrun the stack: both are counted."""
+    """Aliases can make a few lines stand for a billion values, and brackets overrun the stack: both are counted.
+
+    Values are those that JSON has, too; what looks like a date is text, and ``!!binary``, ``!!set`` and other tags are
+    refused.
+    """
+
+    yaml_implicit_resolvers = {  # noqa: RUF012 (as PyYAML has it)
+        first: [(tag, form) for tag, form in found if tag in _TAGS or tag.endswith(":merge")]
+        for first, found in yaml.SafeLoader.yaml_implicit_resolvers.items()
+    }
+    yaml_constructors = {tag: yaml.SafeLoader.yaml_constructors[tag] for tag in (*_TAGS, None)}  # noqa: RUF012
 
     def __init__(self, text: str) -> None:
         super().__init__(text)
@@ -78,7 +91,7 @@ def parse_yaml(content: bytes | str) -> Any:
         raise YamlError(" ".join(str(error).split())) from None
     except YamlError:
         raise
-    # SafeLoader lets a few through: "2026-13-45" is no date, "0x" no number, "{{}: 1}" no key.
+    # SafeLoader lets a few through: "0x" is no number, "{{}: 1}" no key.
     except (ValueError, TypeError, KeyError, IndexError, AttributeError, OverflowError, RecursionError) as error:
         raise YamlError(
             f"a value is not what it looks like: {' '.join(str(error).split()) or type(error).__name__}; "

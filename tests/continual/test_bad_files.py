@@ -20,7 +20,7 @@ from torch import nn
 import mbf
 from mbf.continual import ContinualLora, merge_adapters
 from mbf.continual.atomic import sha256_of
-from mbf.continual.checkpoint import ADAPTER, CONFIG, HEADER, PARTS, STATE, CheckpointError
+from mbf.continual.header import ADAPTER, CONFIG, HEADER, PARTS, STATE, CheckpointError
 from tests.continual.tiny import base_model, batches, peft_model, train
 
 Q = "base_model.model.model.layers.0.self_attn.q_proj"

@@ -8,7 +8,7 @@ from peft import LoraConfig, PeftModel
 from safetensors.torch import load_file
 
 import mbf
-from mbf.continual.checkpoint import CheckpointError
+from mbf.continual.header import CheckpointError
 from tests.continual.tiny import base_model, batches, logits, peft_model, train
 
 METHODS = [name for name in mbf.methods.available() if not mbf.methods.get(name).joint]

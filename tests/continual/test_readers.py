@@ -9,10 +9,10 @@ from typing import Any
 
 import pytest
 import torch
-from hypothesis import given, settings
+from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
-from mbf.continual.checkpoint import HEADER, PARTS, CheckpointError, Header
+from mbf.continual.header import HEADER, PARTS, CheckpointError, Header
 from mbf.methods._state import Factors, State, gather, spread
 from mbf.peft.stored import CONFIG, check_config
 
@@ -100,6 +100,8 @@ def test_states_come_back_in_whatever_order(state: State, random: Any) -> None:
 
 
 @settings(max_examples=300, deadline=None)
+@example({"a": torch.ones(()), "a.number": torch.ones(())})
+@example({"a.number": torch.ones(()), "a": torch.ones(())})
 @given(st.dictionaries(st.from_regex(r"[ab](\.([AB]|number|[0-2]|.)){0,3}", fullmatch=True), TENSORS, max_size=6))
 def test_names_of_anything(flat: dict[str, torch.Tensor]) -> None:
     """Taken, nothing is left out; else it is refused."""

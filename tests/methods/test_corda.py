@@ -14,7 +14,7 @@ from pydantic import ValidationError
 
 import mbf
 from mbf.continual import TaskError
-from mbf.continual.checkpoint import CheckpointError
+from mbf.continual.header import CheckpointError
 from mbf.methods._passes import input_moments
 from mbf.methods.corda import components, damped
 from tests.continual.tiny import base_model, batch, batches, logits, peft_model, train

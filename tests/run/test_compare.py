@@ -13,7 +13,7 @@ import pytest
 
 import mbf.report
 from mbf.continual import TaskError
-from mbf.continual.checkpoint import CheckpointError
+from mbf.continual.header import CheckpointError
 from mbf.methods import Method, MethodInfo, base
 from mbf.report import RunResult
 from mbf.run import ConfigError, RunConfig, RunError, resume, run

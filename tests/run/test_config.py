@@ -7,7 +7,8 @@ from pathlib import Path
 import pytest
 
 from mbf.run import ConfigError, RunConfig, load_config
-from mbf.run.config import differences
+from mbf.run.config import differences, parse_config
+from mbf.streams import StreamError, load_stream
 
 
 def complaint(tmp_path: Path, text: str) -> str:
@@ -128,3 +129,12 @@ def test_the_hash_is_of_what_decides_the_results() -> None:
 def test_differences_name_the_keys() -> None:
     a, b = RunConfig.from_stream("s"), RunConfig.from_stream("s", train={"lr": 0.5}, seeds=[1])
     assert differences(a.plain(), b.plain()) == ["seeds: [0] -> [1]", "train.lr: 0.001 -> 0.5"]
+
+
+@pytest.mark.parametrize("name", ["a" * 5000, "~nobody/" + "b/" * 3000, "\0"])
+def test_a_name_that_no_file_can_have_is_a_name(name: str) -> None:
+    assert parse_config({"stream": name}).stream == name
+    with pytest.raises(StreamError, match="there is no stream"):
+        load_stream(name)
+    with pytest.raises(StreamError, match=r"task 't'.*(cannot be read|no file for split 'train')"):
+        load_stream({"tasks": [{"name": "t", "path": name}]})

@@ -19,6 +19,7 @@ BOMB = "a0: &a0 [x, x]\n" + "".join(f"a{n}: &a{n} [{', '.join([f'*a{n - 1}'] * 9
         ("a: &a {x: 1}\nb: &b {<<: *a, y: 2}\n", {"a": {"x": 1}, "b": {"x": 1, "y": 2}}),
         ("", None),
         ("1e-3", "1e-3"),
+        ("[2026-11-27, 2026-13-45, =, ~, 0x1f, yes]", ["2026-11-27", "2026-13-45", "=", None, 31, True]),
     ],
 )
 def test_values(content: str | bytes, values: object) -> None:
@@ -40,7 +41,10 @@ def test_values(content: str | bytes, values: object) -> None:
         (BOMB, "stands for more than 100000 values; write the values out"),
         ("a: &a [1, *a]", "line 1: what is named by & holds itself; write the values out"),
         ("a: &a 1\nb: [" + "*a, " * 101 + "]", "line 2: more than 100 aliases (*name); write the values out"),
-        ("a: 2026-13-45", "a value is not what it looks like: month must be in 1..12; put it in quotes"),
+        ("a: 0x_", "a value is not what it looks like: invalid literal for int() with base 16: ''; put it in quotes"),
+        ("a: !!binary gIGC", "line 1: could not determine a constructor for the tag 'tag:yaml.org,2002:binary'"),
+        ("a: !!set {b, c}", "line 1: could not determine a constructor for the tag 'tag:yaml.org,2002:set'"),
+        ("a: !!timestamp 2026-11-27", "could not determine a constructor for the tag"),
         ("{{a: 1}: 2}", "line 1: while constructing a mapping found unhashable key"),
         ("a:\n\tb: 1", "line 2: "),
         ("a: !!python/object/apply:os.system [ls]", "could not determine a constructor for the tag"),

@@ -15,7 +15,7 @@ import torch
 from safetensors.torch import save
 
 from mbf.continual.atomic import sha256_of
-from mbf.continual.checkpoint import HEADER, PARTS, STATE, CheckpointError, Header, check_state, read_header
+from mbf.continual.header import HEADER, PARTS, STATE, CheckpointError, Header, check_state, read_header
 from mbf.methods._state import Factors, gather, spread
 from mbf.peft.stored import read_tensors
 from tests.fuzz.targets._files import written

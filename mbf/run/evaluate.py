@@ -111,6 +111,9 @@ def evaluate(
         watch: called with (rows done, rows in all) after every batch.
         processes: those that evaluate together, each its share of the batches; the score is the same on all, and that
             of a single process.
+
+    Raises:
+        ValueError: labels cannot be ranked, as their scores are NaN.
     """
     order = sorted(range(len(tests.prompts)), key=lambda row: len(tests.prompts[row]))
     batches = [order[start : start + batch_size] for start in range(0, len(order), batch_size)]
@@ -125,11 +128,20 @@ def evaluate(
             predictions = _predict(model, tests, [tests.prompts[row] for row in rows], sharded)
             if number < len(batches):
                 for row, prediction in zip(rows, predictions, strict=True):
-                    points[row] = max(_points(tests.metric, prediction, answer) for answer in tests.references[row])
+                    points[row] = (
+                        max(_points(tests.metric, prediction, answer) for answer in tests.references[row])
+                        if prediction is not None
+                        else torch.nan
+                    )
             if watch is not None:
                 watch(min((turn + 1) * size * batch_size, len(order)), len(order))
     if processes is not None:
         points = processes.total(points)
+    if bad := int(points.isnan().sum()):
+        raise ValueError(
+            f"task {tests.name}: the model gives NaN for {bad} of {len(order)} test rows, wanted log-likelihoods of "
+            "the labels; compute in a wider dtype (dtype: bfloat16 or float32), or load the model anew"
+        )
     return 100.0 * sum(points[order].tolist()) / len(order)
 
 
@@ -190,16 +202,19 @@ def same_answer(prediction: str, reference: str) -> bool:
     return found == wanted
 
 
-def _predict(model: nn.Module, tests: TestSet, prompts: list[list[int]], sharded: bool) -> list[str]:
+def _predict(model: nn.Module, tests: TestSet, prompts: list[list[int]], sharded: bool) -> list[str | None]:
+    """An answer to each prompt; None where no label is the most likely one, as there are NaN among them."""
     if tests.choices is None:
         return _generate(model, prompts, tests.encoder, sharded)
     scores = choice_scores(model, prompts, tests.choices, tests.encoder.tokenizer.pad_token_id)
     # argmax names no order among equals; a maximum's first place is the first label by any reading.
     best = (scores == scores.max(1, keepdim=True).values).int().argmax(1)
-    return [tests.labels[index] for index in best.tolist()]
+    return [
+        None if row.isnan().any() else tests.labels[index] for row, index in zip(scores, best.tolist(), strict=True)
+    ]
 
 
-def _generate(model: Any, prompts: list[list[int]], encoder: Encoder, sharded: bool) -> list[str]:
+def _generate(model: Any, prompts: list[list[int]], encoder: Encoder, sharded: bool) -> list[str | None]:
     from transformers import GenerationConfig
 
     tokenizer = encoder.tokenizer

@@ -94,6 +94,23 @@ def test_ties_go_to_the_first_label() -> None:
     assert evaluate(Indifferent(), TestSet.of(task, encoder)) == pytest.approx(200 / 3)
 
 
+def test_labels_that_cannot_be_ranked_are_no_first_label() -> None:
+    class Broken(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.weight = nn.Parameter(torch.zeros(()))
+
+        def forward(self, input_ids, **ignored):
+            logits = torch.zeros(*input_ids[:, -1:].shape, 300)
+            logits[0, 0, 7] = torch.nan
+            return type("Out", (), {"logits": logits})()
+
+    data = {"train": rows(["x"]), "test": rows(["x", "x", "y", "x"])[1:]}
+    tests = TestSet.of(make_task("t", data, labels=("x", "y"), noun="n"), Encoder(_OneToken(), 20, 20))
+    with pytest.raises(ValueError, match=r"task t: the model gives NaN for 2 of 3 test rows.*wider dtype"):
+        evaluate(Broken(), tests, batch_size=2)
+
+
 class _OneToken:
     """A tokenizer for which every text is one token."""
 

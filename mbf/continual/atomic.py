@@ -13,7 +13,7 @@ import os
 import re
 import shutil
 import uuid
-from collections.abc import Iterator
+from collections.abc import Collection, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
@@ -35,7 +35,9 @@ _WAYS = {
 
 
 @contextmanager
-def whole_directory(path: str | os.PathLike[str], mark: str | None = None) -> Iterator[Path]:
+def whole_directory(
+    path: str | os.PathLike[str], mark: str | None = None, known: Collection[str] = (), keep: Collection[str] = ()
+) -> Iterator[Path]:
     """Yield a temporary sibling to fill; at the end of the block it is synced and takes the place of ``path``.
 
     An existing directory at ``path`` is replaced. On an exception nothing of the attempt stays. Stopped between the two
@@ -44,36 +46,32 @@ def whole_directory(path: str | os.PathLike[str], mark: str | None = None) -> It
     Args:
         path: the directory.
         mark: a file by which a directory is known as one that may be replaced; default: any may.
+        known: with a mark, what else may be there and goes; a directory that holds more is not replaced.
+        keep: files that stay as they are where the directory has them.
 
     Raises:
-        ValueError: ``path`` holds something else: a file, or a directory that is neither empty nor has the mark.
+        ValueError: ``path`` holds something else: a file, or a directory that is neither empty nor has the mark, or
+            that has something unknown beside it.
         OSError: it cannot be written; names ``path`` and the way out, and what was there is whole.
     """
     target = Path(os.path.realpath(path))
-    _check_replaceable(Path(path), target, mark)
+    _check_replaceable(Path(path), target, mark, {mark, *known, *keep})
     with writing(path):
         target.parent.mkdir(parents=True, exist_ok=True)
         temporary = _beside(target)
         temporary.mkdir()
         try:
             yield temporary
+            for name in keep:
+                if (target / name).is_file():
+                    shutil.copy2(target / name, temporary / name)
             sync_tree(temporary)
-            if target.exists():
-                _remove_old(target)  # from a replacement that was stopped after both renames
-                old = _beside(target, "old")
-                target.rename(old)
-                try:
-                    temporary.rename(target)
-                except BaseException:
-                    old.rename(target)
-                    raise
-            else:
-                temporary.rename(target)
+            _exchange(temporary, target)
         except BaseException:
             shutil.rmtree(temporary, ignore_errors=True)
             raise
+        _sync(target.parent)  # before the old one goes: the renames may not be on the disk yet
         _remove_old(target)
-        _sync(target.parent)
 
 
 @contextmanager
@@ -155,11 +153,18 @@ def writing(path: str | os.PathLike[str]) -> Iterator[None]:
 
 
 def recover_directory(path: str | os.PathLike[str]) -> None:
-    """Put back the old directory of a replacement that was stopped between its two renames."""
+    """Put back the old directory of a replacement that was stopped between its two renames.
+
+    Others may do so at the same time, or be just about to finish that replacement.
+    """
     target = Path(os.path.realpath(path))
     if not target.exists():
         for old in _olds(target):
-            old.rename(target)
+            try:
+                old.rename(target)
+            except OSError:
+                if not target.exists():
+                    raise
             return
 
 
@@ -202,15 +207,41 @@ def sha256_of(path: str | os.PathLike[str]) -> str:
     return digest.hexdigest()
 
 
-def _check_replaceable(shown: Path, target: Path, mark: str | None) -> None:
+def _exchange(new: Path, target: Path, attempts: int = 3) -> None:
+    """Put ``new`` in the place of ``target``, which goes beside; on an exception ``target`` is what it was."""
+    if not target.exists():
+        new.rename(target)
+        return
+    _remove_old(target)  # from a replacement that was stopped after both renames
+    for attempt in range(attempts):
+        old = _beside(target, "old")
+        target.rename(old)
+        try:
+            new.rename(target)
+            return
+        except BaseException:
+            if not target.exists():
+                old.rename(target)
+                raise
+            if attempt == attempts - 1:  # a reader has put the old one back each time
+                raise
+
+
+def _check_replaceable(shown: Path, target: Path, mark: str | None, known: Collection[str | None]) -> None:
     if target.exists() and not target.is_dir():
         raise ValueError(f"{shown}: found a file, wanted a directory; move it away, or choose another place")
-    if mark is None or not target.is_dir() or (target / mark).is_file():
+    if mark is None or not target.is_dir():
         return
-    if foreign := next((file.name for file in target.iterdir()), None):
+    found = sorted(file.name for file in target.iterdir())
+    if found and mark not in found:
         raise ValueError(
-            f"{shown}: found a directory with {foreign} and without {mark}, which writing there would remove; "
+            f"{shown}: found a directory with {found[0]} and without {mark}, which writing there would remove; "
             "choose another place"
+        )
+    if foreign := next((name for name in found if name not in known), None):
+        raise ValueError(
+            f"{shown}: found {foreign} beside {mark}, which writing there would remove; move it away, or choose "
+            "another place"
         )
 
 

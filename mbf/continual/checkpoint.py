@@ -17,7 +17,7 @@ import json
 import math
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
-from dataclasses import asdict
+from dataclasses import asdict, dataclass
 from os import PathLike
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
@@ -31,6 +31,7 @@ from torch import Tensor, nn
 
 from mbf.continual.atomic import recover_directory, sha256_of, whole_directory
 from mbf.continual.header import (
+    CARD,
     FORMAT,
     HEADER,
     PARTS,
@@ -59,14 +60,14 @@ def save(learner: ContinualLora, directory: str | PathLike[str]) -> None:
     """Write ``learner`` to ``directory``, replacing an older checkpoint there in one step; the first process does.
 
     Raises:
-        ValueError: the directory holds something else than an adapter.
+        ValueError: the directory holds something else than an adapter or a learner.
         OSError: it cannot be written; an older checkpoint there is whole.
     """
     reshard(learner.model)
     parameters = whole_adapter(learner.model, learner.adapter)
     if not learner.replicas.first:
         return
-    with whole_directory(directory, mark=CONFIG) as temporary:
+    with whole_directory(directory, CONFIG, {*PARTS, HEADER}, keep=(CARD,)) as temporary:
         save_adapter(learner.model, learner.adapter, temporary, parameters)
         state = {name: t.detach().contiguous().cpu() for name, t in learner.method.state_dict().items()}
         save_file(state, temporary / STATE, metadata={"format": "pt"})
@@ -87,16 +88,21 @@ def save(learner: ContinualLora, directory: str | PathLike[str]) -> None:
 
 
 def export(learner: ContinualLora, directory: str | PathLike[str]) -> None:
-    """Write what the method ships as an adapter for plain PEFT; the first process does. The learner stays as it is."""
+    """Write what the method ships as an adapter for plain PEFT; the first process does. The learner stays as it is.
+
+    Raises:
+        ValueError: the directory holds something else than an adapter, or a learner.
+        OSError: it cannot be written; an older adapter there is whole.
+    """
     reshard(learner.model)
     method, kept = learner.method, learner.method.current.clone()
     try:
         with torch.no_grad():
-            method.write(method.shipped())
+            method.write(method.shipped() if learner.history else method.current)
         sync_config(learner.model, learner.adapter)
         parameters = whole_adapter(learner.model, learner.adapter)
         if learner.replicas.first:
-            with whole_directory(directory, mark=CONFIG) as temporary:
+            with whole_directory(directory, CONFIG, (ADAPTER,), keep=(CARD,)) as temporary:
                 save_adapter(learner.model, learner.adapter, temporary, parameters)
     finally:
         with torch.no_grad():
@@ -200,6 +206,7 @@ def _undone_on_error(model: nn.Module, adapter: str) -> Iterator[bool]:
     fused, trained = is_fused(model), [(p, p.requires_grad) for p in model.parameters()]
     active = (model.active_adapter, list(model.active_adapters)) if isinstance(model, PeftModel) else ("", [])
     layers = adapter_layers(model, adapter) if known else []
+    injected = _injected(model)
     values = [layer.values() for layer in layers]
     kept = Factors([A for A, _ in values], [B for _, B in values]).clone()
     try:
@@ -219,19 +226,43 @@ def _undone_on_error(model: nn.Module, adapter: str) -> Iterator[bool]:
             tuner.set_adapter(active[1])  # which several may be
             model.delete_adapter(adapter)
         elif not isinstance(model, PeftModel):
-            _take_out(model)
+            _take_out(model, adapter, injected)
         for parameter, flag in trained:
             parameter.requires_grad_(flag)
         raise
 
 
-def _take_out(base: nn.Module) -> None:
-    """Undo PEFT's injection into a base model."""
+@dataclass(frozen=True)
+class _Injected:
+    """What a model had of PEFT's: its configurations, and by layer the adapters that are active."""
+
+    dictionary: dict[str, Any] | None
+    configs: dict[str, Any]
+    active: dict[Any, list[str]]
+
+
+def _injected(model: nn.Module) -> _Injected:
+    configs = model.__dict__.get("peft_config")
+    layers: list[Any] = [module for module in model.modules() if isinstance(module, LoraLayer)]
+    return _Injected(configs, dict(configs or {}), {layer: list(layer.active_adapters) for layer in layers})
+
+
+def _take_out(base: nn.Module, adapter: str, before: _Injected) -> None:
+    """Undo PEFT's injection of ``adapter`` into a base model that had ``before``."""
     for name, module in list(base.named_modules()):
-        if isinstance(module, LoraLayer):
+        if not isinstance(module, LoraLayer):
+            continue
+        if module in before.active:
+            module.delete_adapter(adapter)
+            module.set_adapter(before.active[module])
+        else:
             parent, _, child = name.rpartition(".")
             setattr(base.get_submodule(parent), child, module.get_base_layer())
     base.__dict__.pop("peft_config", None)
+    if before.dictionary is not None:  # PEFT goes on with the one that it finds
+        before.dictionary.clear()
+        before.dictionary.update(before.configs)
+        base.__dict__["peft_config"] = before.dictionary
 
 
 def _take_state(root: Path, method: Method, state: Mapping[str, Tensor]) -> None:

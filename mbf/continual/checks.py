@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import math
+import re
 from collections.abc import Container, Iterable, Iterator, Sequence
 from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
 
+from mbf.continual.header import NAME
 from mbf.methods import Batches, Factors
 from mbf.peft.sharded import is_sharded, whole
 
@@ -30,6 +32,18 @@ class DivergedError(TaskError):
 
 class NonFiniteAdapterError(DivergedError):
     """A task left inf or NaN in the adapter; names the task, the layers and the values."""
+
+
+def check_max_norm(max_norm: float | None) -> None:
+    if max_norm is not None and not max_norm > 0:
+        raise ValueError(f"max_norm: found {max_norm!r}, wanted a number above 0, or None for no limit")
+
+
+def check_name(adapter: str) -> None:
+    if re.fullmatch(NAME, adapter) is None:
+        raise ValueError(
+            f"adapter {adapter!r}: its name has a dot, slash or space, which no checkpoint can hold; give it another"
+        )
 
 
 def check_can_begin(learner: ContinualLora, name: str, i: int, data: Batches | None) -> None:

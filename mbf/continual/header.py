@@ -18,8 +18,10 @@ from mbf.peft.stored import WEIGHTS as ADAPTER
 
 FORMAT = "mbf-learner"
 VERSION = 1
+NAME = r"^[^./\\\s]+$"  # of an adapter
 HEADER = "learner.json"
 STATE = "learner.safetensors"
+CARD = "README.md"  # PEFT's, or the user's
 PARTS = (CONFIG, ADAPTER, STATE)
 
 
@@ -54,7 +56,7 @@ class Header(BaseModel):
     method: str
     options: dict[str, Any]
     callable_options: list[str]
-    adapter: str = Field(pattern=r"^[^./\\\s]+$")
+    adapter: str = Field(pattern=NAME)
     history: list[_Record]
     layers: dict[str, list[int | float]] = Field(min_length=1)
     state: dict[str, list[str | int]] | None = None

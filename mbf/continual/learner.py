@@ -22,6 +22,8 @@ from mbf.continual.checks import (
     check_finite,
     check_finite_parameters,
     check_gains,
+    check_max_norm,
+    check_name,
     check_same,
     check_step,
 )
@@ -84,8 +86,8 @@ class ContinualLora:
         **options: the method's options.
 
     Raises:
-        ValueError: unknown method, ``max_norm`` not above 0, or an adapter that no merge rule covers (DoRA, lora_bias,
-            modules_to_save, ...).
+        ValueError: unknown method, ``max_norm`` not above 0, or an adapter whose name no checkpoint can hold (dot,
+            slash, space), or that no merge rule covers (DoRA, lora_bias, modules_to_save, ...).
         pydantic.ValidationError: unknown or wrong options.
 
     Between tasks the adapter *is* the merged LoRA: evaluate it, ``save_pretrained`` it, push it. Inside a task it is
@@ -109,8 +111,8 @@ class ContinualLora:
         max_norm: float | None = MAX_NORM,
         **options: Any,
     ) -> None:
-        if max_norm is not None and not max_norm > 0:
-            raise ValueError(f"max_norm: found {max_norm!r}, wanted a number above 0, or None for no limit")
+        check_max_norm(max_norm)
+        check_name(adapter)
         if isinstance(method, Method) and options:
             raise ValueError(
                 f"options {sorted(options)} come with a method that is built already; pass its name instead"
@@ -404,6 +406,7 @@ class ContinualLora:
         Raises:
             checkpoint.CheckpointError: missing, damaged or foreign files, or another model; nothing has changed then.
         """
+        check_max_norm(max_norm)
         learner = checkpoint.load(cls, model, directory, fuse, process_group, options)
         learner.max_norm = max_norm
         return learner

@@ -15,6 +15,7 @@ from safetensors.torch import save_file
 from torch import Tensor, nn
 
 from mbf.continual.atomic import whole_directory
+from mbf.continual.header import CARD
 from mbf.methods import Factors, Layer, Method, Options, available, get
 from mbf.ops import BranchTerms, rsvd
 from mbf.peft import describe_ranks
@@ -144,8 +145,8 @@ def merge_adapters(
 
     Raises:
         ValueError: an adapter is missing, not a LoRA, or does not fit the first one (layers, widths, ranks); a method
-            that cannot merge offline; rank < 1; an ``out`` that holds something else than an adapter. Nothing is
-            written then.
+            that cannot merge offline; rank < 1; an ``out`` that holds something else than an adapter, or a learner.
+            Nothing is written then.
         OSError: ``out`` cannot be written; an adapter that was there is whole.
     """
     if not adapters:
@@ -273,7 +274,7 @@ def _write(out: Path, layers: list[_StoredLayer], config: LoraConfig, changed: b
         for field, value in describe_ranks(pairs).items():
             setattr(config, field, value)
     config.inference_mode = True
-    with whole_directory(out, mark=CONFIG) as temporary:
+    with whole_directory(out, CONFIG, (WEIGHTS,), keep=(CARD,)) as temporary:
         tensors = {}
         for layer in layers:
             tensors[f"{layer.name}.lora_A.weight"] = layer.A.data.contiguous()

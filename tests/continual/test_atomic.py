@@ -10,7 +10,9 @@ import shutil
 import subprocess
 import sys
 from collections.abc import Callable, Iterator
+from contextlib import nullcontext, suppress
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -70,6 +72,84 @@ def test_a_replacement_that_cannot_end_puts_the_old_one_back(tmp_path: Path, mon
     with pytest.raises(OSError, match="Input/output error; free some space"), whole_directory(tmp_path / "d") as new:
         (new / "a").write_text("2")
     assert tree(tmp_path) == {"d": None, "d/a": b"1"}
+
+
+@pytest.mark.parametrize("times", [1, 2, 3])
+def test_a_reader_that_puts_the_old_one_back_does_not_stop_a_replacement(
+    times: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """``load`` of another process, between the two renames."""
+    (tmp_path / "d").mkdir()
+    (tmp_path / "d" / "a").write_text("1")
+    rename, left = Path.rename, times
+
+    def interrupted(self: Path, target: Path) -> Path:
+        nonlocal left
+        if ".new-" in self.name and left:
+            left -= 1
+            recover_directory(tmp_path / "d")
+        return rename(self, target)
+
+    monkeypatch.setattr(Path, "rename", interrupted)
+    with suppress(OSError) if times == 3 else nullcontext(), whole_directory(tmp_path / "d") as new:
+        (new / "a").write_text("2")
+    assert tree(tmp_path) == {"d": None, "d/a": b"1" if times == 3 else b"2"}
+
+
+def test_two_readers_recover_at_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (tmp_path / ".d.old-0a").mkdir()
+    rename = Path.rename
+
+    def late(self: Path, target: Path) -> Path:
+        rename(self, target)  # the other one was faster
+        return rename(self, target)
+
+    monkeypatch.setattr(Path, "rename", late)
+    recover_directory(tmp_path / "d")
+    assert tree(tmp_path) == {"d": None}
+
+
+@pytest.mark.parametrize("there", [False, True])
+def test_what_is_replaced_goes_when_the_new_one_is_on_the_disk(
+    there: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """After a loss of power the disk has a whole one: files first, then their directory, the renames, the place of
+    them, and only then is anything removed."""
+    done: list[tuple[str, str]] = []
+    opened: dict[int, str] = {}
+
+    def watched(module: Any, name: str, of: Callable[..., str]) -> None:
+        real = getattr(module, name)
+
+        def call(*args: Any, **options: Any) -> Any:
+            found = real(*args, **options)
+            if name == "open":
+                opened[found] = Path(args[0]).name.split("-")[0]
+            else:
+                done.append((name, of(*args)))
+            return found
+
+        monkeypatch.setattr(module, name, call)
+
+    target = tmp_path / "d"
+    if there:
+        target.mkdir()
+        (target / "a").write_text("1")
+    watched(os, "open", lambda path, *_: "")
+    watched(os, "fsync", lambda number: opened.pop(number, "a file"))
+    watched(Path, "rename", lambda path, to: f"{path.name.split('-')[0]} {Path(to).name.split('-')[0]}")
+    watched(shutil, "rmtree", lambda path, **_: path.name.split("-")[0])
+    with whole_directory(target) as new:
+        (new / "a").write_text("2")
+    aside, removed = [("rename", "d .d.old")] * there, [("rmtree", ".d.old")] * there
+    assert done == [
+        *(("fsync", "a"), ("fsync", ".d.new"), *aside, ("rename", ".d.new d")),
+        *(("fsync", tmp_path.name.split("-")[0]), *removed),
+    ]
+    done.clear()
+    opened.clear()
+    write_file(tmp_path / "f", "x")
+    assert done[-1] == ("fsync", tmp_path.name.split("-")[0]) and done[0] == ("fsync", "a file")
 
 
 def test_through_a_link_and_in_the_current_directory(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

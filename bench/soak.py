@@ -55,7 +55,8 @@ class Sample:
         task: its number, from 1.
         seconds: of training and of both boundaries; of ``merge``: of merging all adapters so far.
         boundary: seconds of beginning, ending and saving the task; 0 where not told apart.
-        resident: MiB of the process's memory.
+        resident: MiB of the process's memory but for mapped files, such as libraries, which the system drops and reads
+            again as it likes.
         tensors: Python's live tensors.
         files: that the process has open.
         state: bytes of adapter and the method's state.
@@ -109,7 +110,8 @@ def weights(tasks: int) -> torch.Tensor:
 
 def sample(task: int, seconds: float, boundary: float, state: int, error: float) -> Sample:
     gc.collect()
-    resident = int(Path("/proc/self/statm").read_text().split()[1]) * os.sysconf("SC_PAGE_SIZE") / MIB
+    pages = [int(word) for word in Path("/proc/self/statm").read_text().split()]
+    resident = (pages[1] - pages[2]) * os.sysconf("SC_PAGE_SIZE") / MIB
     tensors = sum(issubclass(type(one), torch.Tensor) for one in gc.get_objects())
     return Sample(task, seconds, boundary, resident, tensors, len(os.listdir("/proc/self/fd")), state, error)
 

@@ -34,7 +34,7 @@ class Panel(NamedTuple):
 
 
 PANELS = (
-    Panel("resident", "memory of the\nprocess, MiB"),
+    Panel("resident", "the process's memory,\nmapped files aside, MiB"),
     Panel("state", "adapter and state,\nKiB"),
     Panel("seconds", "seconds"),
     Panel("error", "off the closed form,\nof the norm of B"),

@@ -20,6 +20,7 @@ from dataclasses import dataclass
 from typing import Annotated, Any, Literal
 
 from pydantic import (
+    AfterValidator,
     BaseModel,
     ConfigDict,
     Field,
@@ -45,6 +46,32 @@ FORMULAS: dict[str, str] = {
 SCHEMA_VERSION: Literal[1] = 1
 
 Percent = Annotated[float, Field(strict=True, ge=0, le=100)]
+Count = Annotated[int, Field(ge=0, le=2**63)]
+"""Bytes, tokens: of a size that can be added up and drawn."""
+Seconds = Annotated[float, Field(ge=0, le=2**63, allow_inf_nan=False)]
+
+
+def is_unicode(text: str) -> bool:
+    """Whether ``text`` can be written to a file; JSON can hold half a surrogate pair."""
+    try:
+        text.encode()
+    except UnicodeEncodeError:
+        return False
+    return True
+
+
+def _check_text(text: str) -> str:
+    if not is_unicode(text):
+        raise ValueError(f"found {text[:80]!r}, wanted text in Unicode")
+    return text
+
+
+Text = Annotated[str, AfterValidator(_check_text)]
+
+
+def is_name(text: str) -> bool:
+    """Whether ``text`` can name something in a table, a file and a line of a message: printable and not empty."""
+    return bool(text) and text.isprintable()
 
 
 class ScoreMatrix(BaseModel):
@@ -97,7 +124,7 @@ class ScoreMatrix(BaseModel):
         if count == 0:
             raise ValueError("score matrix has no tasks; give at least one")
         for n, name in enumerate(self.tasks):
-            if not name or not name.isprintable():
+            if not is_name(name):
                 raise ValueError(f"task {n + 1} is named {name!r}; names must be printable and not empty")
             if name in self.tasks[:n]:
                 raise ValueError(f"task {name!r} occurs twice; give each task its own name")
@@ -328,7 +355,8 @@ def first_error(error: ValidationError | UnicodeEncodeError) -> str:
     first = error.errors()[0]
     where = ".".join(str(part) for part in first["loc"])
     if first["type"] in ("value_error", "json_invalid", "missing"):
-        return f"{where}: {first['msg']}" if where else first["msg"].removeprefix("Value error, ")
+        message = first["msg"].removeprefix("Value error, ")
+        return f"{where}: {message}" if where else message
     found = repr(first["input"])
     return f"{f'{where}: ' if where else ''}{first['msg']}, found {found if len(found) <= 80 else found[:77] + '...'}"
 

@@ -6,6 +6,7 @@ import base64
 import json
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
+from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -70,20 +71,7 @@ def render(parts: Sequence[StreamPart], results: Sequence[RunResult], slugs: Map
         results: all runs.
         slugs: file-name part of each run by its ``cell``.
     """
-    environment = jinja2.Environment(
-        loader=jinja2.FileSystemLoader(_HERE),
-        autoescape=True,
-        undefined=jinja2.StrictUndefined,
-        trim_blocks=True,
-        lstrip_blocks=True,
-    )
-    environment.filters |= {
-        "number": style.number,
-        "stat": style.stat,
-        "size": style.size,
-        "duration": style.duration,
-    }
-    return environment.get_template("report.html.j2").render(
+    return _template().render(
         css=(_HERE / "report.css").read_text(encoding="utf-8"),
         parts=parts,
         results=results,
@@ -101,6 +89,24 @@ def render(parts: Sequence[StreamPart], results: Sequence[RunResult], slugs: Map
         hashes=_hashes(results),
         commands=_commands(results),
     )
+
+
+@cache
+def _template() -> jinja2.Template:
+    environment = jinja2.Environment(
+        loader=jinja2.FileSystemLoader(_HERE),
+        autoescape=True,
+        undefined=jinja2.StrictUndefined,
+        trim_blocks=True,
+        lstrip_blocks=True,
+    )
+    environment.filters |= {
+        "number": style.number,
+        "stat": style.stat,
+        "size": style.size,
+        "duration": style.duration,
+    }
+    return environment.get_template("report.html.j2")
 
 
 def notes(results: Iterable[RunResult]) -> list[str]:

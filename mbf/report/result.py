@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 from collections.abc import Iterable
 from pathlib import Path
 from typing import Any, Literal
@@ -11,16 +12,26 @@ from pydantic import (
     BaseModel,
     ConfigDict,
     Field,
-    NonNegativeFloat,
-    NonNegativeInt,
     SerializerFunctionWrapHandler,
+    field_validator,
     model_serializer,
     model_validator,
 )
 
-from mbf.continual.metrics import MALFORMED, SCHEMA_VERSION, ScoreMatrix, first_error
+from mbf.continual.metrics import (
+    MALFORMED,
+    SCHEMA_VERSION,
+    Count,
+    ScoreMatrix,
+    Seconds,
+    Text,
+    first_error,
+    is_name,
+    is_unicode,
+)
 
 RESULT_FILE = "result.json"
+_DEEPEST = 100
 _WAY = "restore it from a copy, or remove it and `mbf resume` the run, which writes it again"
 
 
@@ -33,18 +44,21 @@ class TaskMemory(BaseModel):
 
     model_config = ConfigDict(extra="forbid", frozen=True)
 
-    adapter_bytes: NonNegativeInt
+    adapter_bytes: Count
     """The adapter that is shipped."""
-    state_bytes: NonNegativeInt
+    state_bytes: Count
     """What the method keeps beside it for the next task."""
 
 
 class RunResult(BaseModel):
     """One method on one order of a stream with one seed.
 
+    ``method_options`` and ``config`` hold what JSON does: text in Unicode, finite numbers, at most 100 levels.
+
     Attributes:
         method: the method's name.
-        label: the name in the report; runs of a stream that share a label and method_options are averaged.
+        label: the name in the report, printable as ``method`` and ``stream``, too; runs of a stream that share a label
+            and method_options are averaged.
         stream: the stream's name.
         order: the number of the task order, from 1.
         order_tasks: task names in learning order; the same as ``matrix.tasks``.
@@ -64,22 +78,48 @@ class RunResult(BaseModel):
     model_config = ConfigDict(extra="forbid", frozen=True)
 
     schema_version: Literal[1] = SCHEMA_VERSION
-    method: str = Field(min_length=1)
-    label: str = Field(min_length=1)
-    stream: str = Field(min_length=1)
-    order: int = Field(ge=1)
+    method: str
+    label: str
+    stream: str
+    order: int = Field(ge=1, le=2**63)
     order_tasks: tuple[str, ...]
-    seed: int
+    seed: int = Field(ge=-(2**63), le=2**63)
     matrix: ScoreMatrix
-    skipped: dict[str, str] = {}
+    skipped: dict[Text, Text] = {}
     memory: list[TaskMemory] = []
-    train_seconds: list[NonNegativeFloat] = []
-    train_tokens: list[NonNegativeInt] = []
+    train_seconds: list[Seconds] = []
+    train_tokens: list[Count] = []
     method_options: dict[str, Any] = {}
-    versions: dict[str, str | None] = {}
-    data_hashes: dict[str, str] = {}
+    versions: dict[Text, Text | None] = {}
+    data_hashes: dict[Text, Text] = {}
     config: dict[str, Any] = {}
-    command: str | None = None
+    command: Text | None = None
+
+    @field_validator("method", "label", "stream")
+    @classmethod
+    def _check_name(cls, name: str) -> str:
+        if not is_name(name):
+            raise ValueError(f"found {name!r}, wanted a name that is printable and not empty")
+        return name
+
+    @field_validator("method_options", "config")
+    @classmethod
+    def _check_values(cls, values: dict[str, Any]) -> dict[str, Any]:
+        todo: list[tuple[Any, tuple[str, ...]]] = [(values, ())]
+        while todo:
+            value, path = todo.pop()
+            where = repr(".".join(path)[:80])
+            if len(path) > _DEEPEST:
+                raise ValueError(f"found more than {_DEEPEST} levels at {where}, wanted fewer")
+            if isinstance(value, dict):
+                todo += [pair for key, one in value.items() for pair in ((key, path), (one, (*path, str(key))))]
+            elif isinstance(value, list | tuple):
+                todo += [(one, (*path, str(n))) for n, one in enumerate(value)]
+            elif isinstance(value, float) and not math.isfinite(value):
+                raise ValueError(f"found {value} at {where}, wanted a finite number")
+            elif isinstance(value, str) and not is_unicode(value):
+                raise ValueError(f"found half a surrogate pair at {where}, wanted text in Unicode")
+        return values
 
     @model_validator(mode="after")
     def _check(self) -> RunResult:

@@ -22,7 +22,7 @@ _RINGS = 14  # how far from its point a name may go, in heights of a line
 class Point(NamedTuple):
     """A label: bytes of adapter and state, mean and standard deviation of AA (0 for one run)."""
 
-    bytes: int
+    bytes: float
     mean: float
     sd: float
 
@@ -37,7 +37,7 @@ def accuracy_against_memory(
         zero_shot: mean score of the model before any task, a dotted line where it is not far below all points.
     """
     points = {
-        row.label: Point(max(row.adapter_bytes + (row.state_bytes or 0), _FLOOR), row.aa.mean, row.aa.sd or 0.0)
+        row.label: Point(max(float(row.adapter_bytes + (row.state_bytes or 0)), _FLOOR), row.aa.mean, row.aa.sd or 0.0)
         for row in rows
         if row.aa.mean is not None and row.adapter_bytes is not None
     }

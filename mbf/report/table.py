@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import csv
+import html
 import io
+import re
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -94,19 +96,32 @@ def skipped(results: Iterable[RunResult]) -> list[str]:
 def to_markdown(shown: Table, failed: Mapping[str, str], left_out: Sequence[str] = ()) -> str:
     """A table of Markdown with its caption, the tasks that were skipped, and the cells that failed."""
     lines = [_line(shown.columns), _line(["---", *["---:"] * (len(shown.columns) - 1)])]
-    lines += [_line([f"`{label}`", *numbers]) for label, *numbers in shown.rows]
+    lines += [_line([_code(label), *numbers]) for label, *numbers in shown.rows]
     lines += ["", CAPTION]
     lines += (
-        ["", "Skipped tasks, which AA counts all the same:", "", *(f"- {line}" for line in left_out)]
+        ["", "Skipped tasks, which AA counts all the same:", "", *(f"- {_escaped(line)}" for line in left_out)]
         if left_out
         else []
     )
-    lines += ["", "Failed:", "", *(f"- `{cell}`: {reason}" for cell, reason in failed.items())] if failed else []
+    of_cells = [f"- {_code(cell)}: {_escaped(reason)}" for cell, reason in failed.items()]
+    lines += ["", "Failed:", "", *of_cells] if failed else []
     return "\n".join(lines) + "\n"
 
 
 def _line(texts: Iterable[str]) -> str:
-    return "| " + " | ".join(text.replace("|", r"\|") for text in texts) + " |"
+    return "| " + " | ".join(texts) + " |"
+
+
+def _code(text: str) -> str:
+    """``text`` in the typewriter's letters; in backticks nothing can be escaped."""
+    escaped = _escaped(text)
+    return f"`{text}`" if escaped == text else f"<code>{escaped}</code>"
+
+
+def _escaped(text: str) -> str:
+    """``text`` as Markdown that shows it in one line of a table or a list, whatever is in it."""
+    escaped = html.escape(" ".join(text.splitlines()), quote=False)
+    return re.sub(r"[`|\\*\[\]]", lambda found: f"&#{ord(found[0])};", escaped)
 
 
 def flat(entries: Sequence[Compared]) -> list[dict[str, Any]]:

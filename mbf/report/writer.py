@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 import csv
+import io
 import itertools
 import json
 import re
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 
 from mbf.continual.atomic import whole_files
@@ -43,12 +44,9 @@ def write_report(results: Iterable[RunResult], out_dir: str | Path) -> Path:
 
 
 def _write(out: Path, results: Sequence[RunResult], rows: Sequence[SummaryRow]) -> None:
-    cells = {r.cell: f"{r.stream}-{r.label}-o{r.order}-s{r.seed}" for r in results}
-    slugs = dict(zip(cells, _slugs(cells.values()), strict=True))
+    slugs = slugs_of(results)
     for result in results:
-        slug = slugs[result.cell]
-        (out / f"matrix-{slug}.csv").write_text(result.matrix.to_csv(), encoding="utf-8", newline="")
-        (out / f"heatmap-{slug}.png").write_bytes(figures.to_png(figures.heat_map(result)))
+        (out / f"heatmap-{slugs[result.cell]}.png").write_bytes(figures.to_png(figures.heat_map(result)))
     streams = list(dict.fromkeys(row.stream for row in rows))
     parts = [
         _stream_part(name, slug, [row for row in rows if row.stream == name], results)
@@ -58,10 +56,21 @@ def _write(out: Path, results: Sequence[RunResult], rows: Sequence[SummaryRow]) 
         for picture in (part.methods, part.memory, *part.accuracy.values()):
             if picture is not None:
                 (out / picture.name).write_bytes(picture.png)
-    _write_summary(out / "summary.csv", rows)
+    for file, text in texts(results, rows, parts, slugs).items():
+        (out / file).write_text(text, encoding="utf-8", newline="")
+
+
+def texts(
+    results: Sequence[RunResult], rows: Sequence[SummaryRow], parts: Sequence[page.StreamPart], slugs: Mapping[str, str]
+) -> dict[str, str]:
+    """By its name, what every file of a report but the pictures holds."""
     dump = {"schema_version": 1, "results": [result.model_dump(mode="json") for result in results]}
-    (out / "results.json").write_text(json.dumps(dump, indent=1, ensure_ascii=False) + "\n", encoding="utf-8")
-    (out / PAGE).write_text(page.render(parts, results, slugs), encoding="utf-8")
+    return {
+        **{f"matrix-{slugs[result.cell]}.csv": result.matrix.to_csv() for result in results},
+        "summary.csv": _summary(rows),
+        "results.json": json.dumps(dump, indent=1, ensure_ascii=False) + "\n",
+        PAGE: page.render(parts, results, slugs),
+    }
 
 
 def _stream_part(name: str, slug: str, rows: Sequence[SummaryRow], results: Sequence[RunResult]) -> page.StreamPart:
@@ -81,6 +90,12 @@ def _stream_part(name: str, slug: str, rows: Sequence[SummaryRow], results: Sequ
     return page.StreamPart(name, rows, runs, methods, memory, accuracy)
 
 
+def slugs_of(results: Sequence[RunResult]) -> dict[str, str]:
+    """A part of file names for each run, by its ``cell``."""
+    cells = {r.cell: f"{r.stream}-{r.label}-o{r.order}-s{r.seed}" for r in results}
+    return dict(zip(cells, _slugs(cells.values()), strict=True))
+
+
 def _slugs(names: Iterable[str]) -> list[str]:
     """File-name parts, distinct also where file systems ignore case."""
     taken: set[str] = set()
@@ -96,9 +111,10 @@ def _slugs(names: Iterable[str]) -> list[str]:
     return slugs
 
 
-def _write_summary(path: Path, rows: Sequence[SummaryRow]) -> None:
+def _summary(rows: Sequence[SummaryRow]) -> str:
     flat = [row.flat() for row in rows]
-    with path.open("w", encoding="utf-8", newline="") as file:
-        writer = csv.DictWriter(file, list(flat[0]), lineterminator="\n")
-        writer.writeheader()
-        writer.writerows(flat)
+    out = io.StringIO(newline="")
+    writer = csv.DictWriter(out, list(flat[0]), lineterminator="\n")
+    writer.writeheader()
+    writer.writerows(flat)
+    return out.getvalue()

@@ -22,7 +22,7 @@ from pydantic import BaseModel, ConfigDict, NonNegativeFloat, NonNegativeInt
 from safetensors.torch import save_file
 from torch import Tensor
 
-from mbf.continual.atomic import sha256_of, sync_tree, writing
+from mbf.continual.atomic import _sync, sha256_of, sync_tree, writing
 from mbf.continual.metrics import MALFORMED
 from mbf.peft.stored import read_tensors
 from mbf.run.directory import RunError, read_json, write_json
@@ -77,8 +77,10 @@ def seal(path: Path, step: int, seconds: float, method_state: Mapping[str, Tenso
         (path / _ARGUMENTS).unlink(missing_ok=True)
         state = {name: tensor.detach().cpu().contiguous().clone() for name, tensor in method_state.items()}
         save_file(state, path / METHOD)
-        sync_tree(path)  # the older ones are removed only when this one is on the disk
+        sync_tree(path)
     write_json(path / MANIFEST, Manifest(step=step, seconds=seconds, sha256=_hashes(path)).model_dump())
+    with writing(path):
+        _sync(path.parent)  # the older ones are removed only when this one is on the disk, and so is its name
     for older in path.parent.glob("checkpoint-*"):
         if older != path:
             shutil.rmtree(older)

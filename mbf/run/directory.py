@@ -116,6 +116,9 @@ class RunDirectory:
         Raises:
             RunError: no run there, one that is damaged, or one whose ``config.yaml`` is no longer what it was started
                 with.
+
+        Returns:
+            ``facts["config"]`` is ``config``, in which ``on_bad_task`` may have changed since.
         """
         if not (root / "run.json").exists():
             raise RunError(
@@ -129,7 +132,7 @@ class RunDirectory:
                 f"{root}: the configuration changed since the run was started: {'; '.join(changed)}. "
                 "Put config.yaml back to go on, or start a new run in another directory"
             )
-        return cls(root, config, facts)
+        return cls(root, config, {**facts, "config": config.plain()})
 
     @property
     def zero_shot(self) -> Path:

@@ -5,13 +5,15 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
-from pydantic import BaseModel, ConfigDict, NonNegativeFloat, NonNegativeInt, TypeAdapter
+from pydantic import BaseModel, ConfigDict, TypeAdapter
 
 from mbf.continual import ScoreMatrix
-from mbf.continual.metrics import MALFORMED, first_error
+from mbf.continual.metrics import MALFORMED, Count, Percent, Seconds, Text, first_error
 from mbf.run.directory import WAY, RunError, read_json, write_json
 
-_SCORES = TypeAdapter(dict[str, float], config=ConfigDict(allow_inf_nan=False))
+AT_ONCE = "all tasks"
+"""The name of the one training of all tasks."""
+_SCORES = TypeAdapter(dict[str, Percent], config=ConfigDict(allow_inf_nan=False))
 
 
 class Learned(BaseModel):
@@ -23,12 +25,12 @@ class Learned(BaseModel):
     model_config = ConfigDict(extra="forbid", allow_inf_nan=False)
 
     name: str
-    seconds: NonNegativeFloat
-    tokens: NonNegativeInt
-    adapter_bytes: NonNegativeInt
-    state_bytes: NonNegativeInt
-    skipped: str | None = None
-    scores: dict[str, float] = {}
+    seconds: Seconds
+    tokens: Count
+    adapter_bytes: Count
+    state_bytes: Count
+    skipped: Text | None = None
+    scores: dict[str, Percent] = {}
     """Percent by task, after it."""
 
 
@@ -71,6 +73,10 @@ class Ledger(BaseModel):
         for one in ledger.learned:
             if foreign := one.scores.keys() - set(ledger.tasks):
                 raise RunError(f"{path}: found a score on {min(foreign)}, which is none of the tasks; {WAY}")
+        names = [one.name for one in ledger.learned]
+        if names not in ([AT_ONCE], list(ledger.tasks[: len(names)])):
+            wanted = ", ".join(ledger.tasks[: len(names)])
+            raise RunError(f"{path}: found {', '.join(names)} learned, wanted {wanted}, or {AT_ONCE} at once; {WAY}")
         return ledger
 
     def write(self, path: Path) -> None:

@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 
 from mbf.report import page, write_report
-from tests.report.examples import run
+from tests.report.examples import run, skipping
 
 BROWSER = next(filter(None, map(shutil.which, ("chromium", "chromium-browser", "google-chrome"))), None)
 FLAGS = ("--headless=new", "--no-sandbox", "--disable-gpu", "--disable-dev-shm-usage", "--virtual-time-budget=2000")
@@ -33,9 +33,12 @@ def report(folder: Path) -> str:
         command=NAMES[2],
         versions={NAMES[0]: NAMES[1]},
         data_hashes={name: NAMES[0] for name in NAMES},
+        method_options={NAMES[0]: NAMES[1], "rank": NAMES[2]},
         config={"model": NAMES[2], NAMES[1]: NAMES[0]},
     )
-    return write_report([result], folder).read_text(encoding="utf-8")
+    # The second has another option, so that its name says it.
+    other = result.model_copy(update={"method_options": {"rank": NAMES[0]}, "command": NAMES[1]})
+    return write_report([skipping(result, NAMES[1], NAMES[2]), other], folder).read_text(encoding="utf-8")
 
 
 def seen(text: str, folder: Path) -> str:
@@ -58,4 +61,8 @@ def test_nothing_of_a_name_runs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch)
     # The attacks are real: without escaping and the policy they run.
     environment = page.jinja2.Environment
     monkeypatch.setattr(page.jinja2, "Environment", lambda **options: environment(**options | {"autoescape": False}))
-    assert MARK in seen(POLICY.sub("", report(tmp_path / "open")), tmp_path)
+    page._template.cache_clear()
+    try:
+        assert MARK in seen(POLICY.sub("", report(tmp_path / "open")), tmp_path)
+    finally:
+        page._template.cache_clear()

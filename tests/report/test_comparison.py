@@ -11,7 +11,7 @@ from matplotlib.backends.backend_agg import FigureCanvasAgg
 from mbf.report import TaskMemory, summary_rows, write_comparison
 from mbf.report.scatter import accuracy_against_memory
 from mbf.report.style import looks
-from mbf.report.table import CAPTION, compared, table, to_markdown
+from mbf.report.table import CAPTION, Compared, compared, skipped, table, to_markdown
 from tests.report.examples import run, skipping
 
 BACK = ("trec", "agnews", "sst2")
@@ -86,9 +86,25 @@ def test_without_zero_shot_there_is_no_fwt() -> None:
 def test_markdown_is_a_table_whatever_the_names() -> None:
     text = to_markdown(table(compared([run("a|b")])), {"c-order1-seed0": "TaskError: x"})
     lines = text.splitlines()
-    assert lines[2].startswith(r"| `a\|b` | 1 × 1 |")
-    assert {line.replace(r"\|", "").count("|") for line in lines[:3]} == {9}
+    assert lines[2].startswith("| <code>a&#124;b</code> | 1 × 1 |")
+    assert {line.count("|") for line in lines[:3]} == {9}
     assert CAPTION in lines and lines[-1] == "- `c-order1-seed0`: TaskError: x"
+
+
+def test_markdown_shows_names_and_reasons_as_they_are() -> None:
+    evil = "<img src=x onerror=alert(1)> `a` & | [b](http://c) **d**"
+    shown = "&lt;img src=x onerror=alert(1)&gt; &#96;a&#96; &amp; &#124; &#91;b&#93;(http://c) &#42;&#42;d&#42;&#42;"
+    result = skipping(run(evil, stream=evil, tasks=(evil, "b", "c")), evil, f"{evil}\n# why\r\n")
+    # Labels that come from options may have more lines than one.
+    entries = [*compared([result]), Compared("slao (basis=a\nb)", 1, None)]
+    text = to_markdown(table(entries), {evil: f"{evil}\n\n<script>"}, skipped([result]))
+    lines = text.splitlines()
+    assert len(lines) == 14
+    assert lines[2].startswith(f"| <code>{shown}</code> | ")
+    assert lines[3].startswith("| <code>slao (basis=a b)</code> | 0 of 1 |")
+    assert {line.count("|") for line in lines[:4]} == {9}
+    assert lines[9] == f"- {shown}, {shown} order 1, seed 0: {shown}: {shown} # why"
+    assert lines[-1] == f"- <code>{shown}</code>: {shown}  &lt;script&gt;"
 
 
 def test_skipped_tasks_are_listed_with_their_reasons(tmp_path) -> None:

@@ -4,11 +4,12 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
+from typing import Any
 
 import pytest
 from pydantic import ValidationError
 
-from mbf.report import RESULT_FILE, ResultError, RunResult, load_results
+from mbf.report import RESULT_FILE, ResultError, RunResult, load_results, write_comparison, write_report
 from tests.report.examples import run, skipping
 
 
@@ -45,6 +46,13 @@ def test_missing_results(tmp_path):
         load_results([])
 
 
+INFINITE = float("inf")
+
+
+def nested(levels: int) -> dict[str, Any]:
+    return {"a": nested(levels - 1)} if levels else {}
+
+
 @pytest.mark.parametrize(
     ("change", "message"),
     [
@@ -58,6 +66,28 @@ def test_missing_results(tmp_path):
         (lambda d: d.update(order_tasks=["a"]), "order_tasks is a, but the matrix is of sst2, agnews, trec"),
         (lambda d: d.update(train_tokens=[1] * 4), "train_tokens has 4 entries for 3 tasks"),
         (lambda d: d["memory"][0].update(adapter_bytes=-1), "greater than or equal to 0"),
+        (lambda d: d["memory"][0].update(state_bytes=10**400), r"memory\.0\.state_bytes: .*less than or equal to 922"),
+        (lambda d: d.update(train_tokens=[10**400]), r"train_tokens\.0: .*less than or equal to 922"),
+        (lambda d: d.update(train_seconds=[INFINITE]), r"train_seconds\.0: .*finite number, found inf"),
+        (lambda d: d.update(train_seconds=[1e308] * 2), r"train_seconds\.0: .*less than or equal to 922"),
+        (lambda d: d.update(order=10**400), "order: .*less than or equal to 922"),
+        (lambda d: d.update(config={"a": "\ud800"}), "config: found half a surrogate pair at 'a', wanted text in Unic"),
+        (
+            lambda d: d.update(config={"a": [{"\ud800": 1}]}),
+            r"config: found half a surrogate pair at 'a\.0', wanted te",
+        ),
+        (lambda d: d.update(method_options={"\ud800": 1}), "method_options: found half a surrogate pair"),
+        (
+            lambda d: d.update(method_options={"a": {"b": INFINITE}}),
+            r"method_options: found inf at 'a\.b', wanted a fin",
+        ),
+        (lambda d: d.update(config=nested(101)), r"config: found more than 100 levels at 'a\.a\..*', wanted fewer"),
+        (lambda d: d.update(config=nested(700)), r"config: found more than 100 levels at 'a\.a\..*', wanted fewer"),
+        (lambda d: d.update(command="mbf \ud800"), "command: found 'mbf .*ud800', wanted text in Unicode"),
+        (lambda d: d.update(versions={"a": "\ud800"}), r"versions\.a: found '.*ud800', wanted text in Unicode"),
+        (lambda d: d.update(label="a\nb"), r"label: found 'a\\nb', wanted a name that is printable and not empty"),
+        (lambda d: d.update(stream="\x1b[1m"), r"stream: found '\\x1b\[1m', wanted a name that is printable"),
+        (lambda d: d.update(method=""), "method: found '', wanted a name that is printable"),
     ],
 )
 def test_a_malformed_result_is_one_line_with_the_file(tmp_path, change, message):
@@ -87,3 +117,23 @@ def test_the_same_run_twice_names_both_files(tmp_path):
 def test_a_result_checks_itself():
     with pytest.raises(ValidationError, match="order_tasks is agnews, sst2, trec"):
         run(order_tasks=("agnews", "sst2", "trec"))
+
+
+def test_the_largest_that_is_taken_is_written(tmp_path):
+    most = 2**63
+    large = run(
+        order=most,
+        seed=most,
+        memory=[{"adapter_bytes": most, "state_bytes": most}] * 3,
+        train_seconds=[float(most)] * 3,
+        train_tokens=[most] * 3,
+        config=nested(100),
+        method_options=nested(100),
+    )
+    write(tmp_path / "run", large)
+    (found,) = load_results([tmp_path])
+    assert found == large
+    write_report([found, run(method_options=nested(99))], tmp_path / "report")
+    write_comparison([found], tmp_path / "report")
+    dump = json.loads((tmp_path / "report" / "results.json").read_text(encoding="utf-8"))
+    assert dump["results"][0]["config"] == nested(100)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import shutil
 from pathlib import Path
 
@@ -34,6 +35,40 @@ def test_a_new_one_takes_the_place_of_the_others(tmp_path: Path) -> None:
     for step in (9, 10):
         checkpoint(tmp_path, step)
     assert [path.name for path in tmp_path.iterdir()] == ["checkpoint-10"]
+
+
+def test_the_others_go_when_it_is_on_the_disk(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    checkpoint(tmp_path, 9)
+    done: list[tuple[str, str]] = []
+    fsync, replace, rmtree = os.fsync, os.replace, shutil.rmtree
+
+    def note(what: str, path: str | os.PathLike[str]) -> None:
+        done.append((what, os.path.relpath(path, tmp_path)))
+
+    def synced(descriptor: int) -> None:
+        note("sync", os.readlink(f"/proc/self/fd/{descriptor}"))
+        fsync(descriptor)
+
+    def replaced(old, new) -> None:
+        note("replace", new)
+        replace(old, new)
+
+    def removed(path, *rest, **named) -> None:
+        note("remove", path)
+        rmtree(path, *rest, **named)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(os, "fsync", synced)
+        patch.setattr(os, "replace", replaced)
+        patch.setattr(shutil, "rmtree", removed)
+        checkpoint(tmp_path, 10)
+    new = "checkpoint-10"
+    manifest = done.index(("replace", f"{new}/{MANIFEST}"))
+    content = {name for what, name in done[: manifest - 1] if what == "sync"}
+    assert content == {new, *(f"{new}/{name}" for name in ("deep", "deep/x", "optimizer.pt", METHOD))}
+    (what, torso), *after = done[manifest - 1], *done[manifest + 1 :]
+    assert what == "sync" and torso.startswith(f"{new}/.{MANIFEST}.new-")
+    assert after == [("sync", new), ("sync", "."), ("remove", "checkpoint-9")]
 
 
 def test_the_newest_by_step(train: Path) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import subprocess
 import sys
 from pathlib import Path
@@ -9,8 +10,10 @@ from pathlib import Path
 import pytest
 import yaml
 
+from mbf.run import resume, run
 from mbf.run.config import RunConfig
 from mbf.run.directory import RunDirectory, RunError, locked, read_json, write_json
+from tests.run.test_engine import Recorder
 
 CONFIG = RunConfig.from_stream("s", methods=[{"name": "slao", "label": "mine", "basis": "rsvd"}])
 FACTS = {"versions": {}, "data": {}, "command": "mbf run s"}
@@ -31,6 +34,26 @@ def test_a_changed_configuration_is_refused_by_key(tmp_path: Path) -> None:
     (tmp_path / "config.yaml").write_text(yaml.safe_dump(written))
     with pytest.raises(RunError, match=r"configuration changed .*seeds: \[0\] -> \[0, 1\]; train.lr: 0.001 -> 0.5"):
         RunDirectory.open(tmp_path)
+
+
+class Interrupted(Recorder):
+    def step(self, *told) -> None:
+        raise KeyboardInterrupt
+
+
+def test_a_result_says_what_happened_to_bad_tasks(config, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The one setting that may be changed in a run's ``config.yaml``."""
+    monkeypatch.setattr("mbf.report.write_report", lambda results, directory: directory, raising=False)
+    root = tmp_path / "run"
+    with pytest.raises(KeyboardInterrupt):
+        run(config(), Interrupted())
+    written = yaml.safe_load((root / "config.yaml").read_text())
+    (root / "config.yaml").write_text(yaml.safe_dump(written | {"on_bad_task": "skip"}))
+    before = (root / "run.json").read_bytes()
+    (result,) = resume(root, Recorder())
+    (stored,) = (json.loads(file.read_text()) for file in root.rglob("result.json"))
+    assert stored["config"] == result.config == written | {"on_bad_task": "skip"}
+    assert (root / "run.json").read_bytes() == before and json.loads(before)["config"]["on_bad_task"] == "stop"
 
 
 def test_no_run_there(tmp_path: Path) -> None:

@@ -18,7 +18,7 @@ from typing import Any
 
 import pytest
 
-import mbf.report
+import mbf.report.writer
 from mbf.continual import ContinualLora
 from mbf.run import LogProgress, RunConfig, resume, run
 from mbf.run.config import parse_config
@@ -50,9 +50,7 @@ def child(settings: dict[str, Any], root: Path, where: str | None, most: int, ca
         "report": (mbf.report, "write_report"),
     }
     calls = 0
-    if where is None:
-        mbf.report.write_report = lambda results, directory: directory
-    else:
+    if where is not None:
         owner, name = places[where]
         inner = getattr(owner, name)
 
@@ -104,6 +102,9 @@ def unbroken(settings: dict[str, Any], tmp_path_factory: pytest.TempPathFactory)
         ("optimiser", 100, 1, r"cells/slao-.*/train/task-01/checkpoint-2"),
         ("learner", 100, 2, r"cells/slao-.*/state/task-02"),
         ("ledger", 10, 3, r"cells/slao-.*/progress.json"),
+        ("seal", 100, 2, r"cells/slao-.*/train/task-02/checkpoint-2"),
+        ("result", 100, 1, r"cells/slao-.*/result.json"),
+        ("report", 5000, 1, "report"),
     ],
 )
 def test_a_full_disk_is_named_and_the_run_goes_on(settings, unbroken, tmp_path: Path, where, most, call, path) -> None:

@@ -23,7 +23,8 @@ from typing import Any, NamedTuple
 
 import pytest
 
-import mbf.report
+import mbf.report.writer
+from mbf.continual.atomic import is_torso
 from mbf.run import resume, run
 from mbf.run.config import parse_config
 from tests.run.children import CHILDREN, KINDS, Bomb, mark, outcome
@@ -44,7 +45,6 @@ def child(settings: dict[str, Any], root: Path, at: int | None, log: Path) -> No
     torch.set_num_threads(1)
     os.environ["HF_HUB_OFFLINE"] = "1"
     bomb = Bomb(root, at, log)
-    mbf.report.write_report = lambda results, directory: directory  # pictures take longer than all else here
     for owner, name, kind in (
         (cell, "train_task", "training"),
         (cell.Cell, "_evaluate", "evaluation"),
@@ -57,8 +57,18 @@ def child(settings: dict[str, Any], root: Path, at: int | None, log: Path) -> No
         (ContinualLora, "export", "save"),
         (training.RunTrainer, "_save_checkpoint", "checkpoint"),
         (training, "seal", "checkpoint"),
+        (mbf.report, "write_report", "save"),
     ):
         bomb.watch(owner, name, kind)
+    write_report = mbf.report.write_report
+
+    def told(*arguments: Any) -> Path:
+        first = bomb.count + 1
+        page = write_report(*arguments)
+        bomb.write("report", first, bomb.count)
+        return page
+
+    mbf.report.write_report = told
     if (root / "run.json").exists():
         resume(root, bomb)
     else:
@@ -80,10 +90,11 @@ def go(settings: dict[str, Any], root: Path, at: int | None, log: Path, seconds:
 
 
 class Unbroken(NamedTuple):
-    """How a run ends, what each of its events is part of, and how long it takes."""
+    """How a run ends, what each of its events is part of, which are the report's, and how long it takes."""
 
     outcome: dict[str, Any]
     events: list[str]
+    report: tuple[int, int]
     seconds: float
 
 
@@ -102,7 +113,13 @@ def unbroken(settings: dict[str, Any], tmp_path_factory: pytest.TempPathFactory)
     assert go(settings, root / "run", None, root / "log") == 0
     seconds = time.perf_counter() - began
     events = json.loads((root / "log").read_text().splitlines()[-1].removeprefix("events "))
-    return Unbroken(outcome(root / "run"), [KINDS[kind] for kind in events], seconds)
+    return Unbroken(outcome(root / "run"), [KINDS[kind] for kind in events], report_of(root / "log"), seconds)
+
+
+def report_of(log: Path) -> tuple[int, int]:
+    """The first and last event of the report that was written last."""
+    lines = [line.split() for line in log.read_text().splitlines() if line.startswith("report ")]
+    return int(lines[-1][1]), int(lines[-1][2])
 
 
 def killed_in(log: Path) -> str:
@@ -115,7 +132,7 @@ def event_of(kind: str, events: list[str], draw: random.Random) -> int:
 
 @pytest.mark.parametrize("kind", KINDS)
 def test_killed_once(settings, unbroken, tmp_path: Path, kind: str) -> None:
-    wanted, events, _ = unbroken
+    wanted, events, *_ = unbroken
     at = event_of(kind, events, random.Random(kind))
     root, log = tmp_path / "run", tmp_path / "log"
     assert go(settings, root, at, log) == -signal.SIGKILL
@@ -124,9 +141,27 @@ def test_killed_once(settings, unbroken, tmp_path: Path, kind: str) -> None:
     assert outcome(root) == wanted, f"killed at event {at} of {len(events)}, in {kind}"
 
 
+@pytest.mark.parametrize("share", [0.3, 0.7, 1.0])
+def test_killed_in_the_report(settings, unbroken, tmp_path: Path, share: float) -> None:
+    """In the first one, and in one that takes the place of an older one: what is there is whole."""
+    root, log = tmp_path / "run", tmp_path / "log"
+    first, last = unbroken.report
+    assert last - first > 20
+    for older in (False, True):
+        assert go(settings, root, first + round(share * (last - first)), log) == -signal.SIGKILL
+        assert killed_in(log) == "save"
+        there = {path.name for path in (root / "report").glob("*") if not is_torso(path.name)}
+        assert there in (set(), {Path(name).name for name in unbroken.outcome if name.startswith("report/")})
+        assert go(settings, root, None, log) == 0
+        assert outcome(root) == unbroken.outcome
+        if not older and not there:
+            assert go(settings, root, None, log) == 0  # has the events of a report over an older one
+        first, last = report_of(log)
+
+
 @pytest.mark.timeout(300 + 60 * KILLS)
 def test_killed_at_random(settings, unbroken, tmp_path: Path) -> None:
-    wanted, events, whole = unbroken
+    wanted, events, _, whole = unbroken
     draw, hit = random.Random(), Counter()
     while hit.total() < KILLS:
         number = hit.total()
@@ -148,7 +183,7 @@ def test_killed_at_random(settings, unbroken, tmp_path: Path) -> None:
 
 def test_killed_again_and_again(settings, unbroken, tmp_path: Path) -> None:
     """Each process gets a little further, and no step is computed anew but those after the last checkpoint."""
-    wanted, events, _ = unbroken
+    wanted, events, *_ = unbroken
     root, log = tmp_path / "run", tmp_path / "log"
     kills = 0
     while go(settings, root, len(events) // 4 + 3 * kills, log) != 0:

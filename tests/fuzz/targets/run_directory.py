@@ -1,5 +1,5 @@
 """The JSON of a run's directory: what its readers accept has the fields and types they promise, what they refuse is
-one error that names the file.
+one error that names the file. Of a result that is accepted the report is written, but for its pictures.
 
 The first byte says which reader; the rest is as in ``_json.document``.
 """
@@ -11,7 +11,10 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+from mbf.report import RunResult, page, summary_rows, table
 from mbf.report.result import parse_result
+from mbf.report.summary import prepare
+from mbf.report.writer import slugs_of, texts
 from mbf.run.checkpoint import Manifest
 from mbf.run.config import RunConfig
 from mbf.run.directory import check_facts
@@ -49,6 +52,10 @@ GOOD: dict[str, Any] = {
         "train_seconds": [1.0],
         "train_tokens": [5],
         "method_options": {"basis": "qr"},
+        "versions": {"torch": "2.13.0", "mbf": None},
+        "data_hashes": {"a": "0" * 64},
+        "config": {"model": "m", "train": {"lr": 0.1, "targets": ["q"]}},
+        "command": "mbf run s",
     },
     "compare.json": {"format": 1, "cells": [{"method": {"name": "slao", "label": "x"}, "order": 1, "seed": 0}]},
     "manifest.json": {"step": 2, "seconds": 1.5, "sha256": {"optimizer.pt": "0" * 64}},
@@ -67,6 +74,27 @@ def _ledger(data: Any, path: Path) -> None:
     assert len(found.learned) <= len(found.tasks)
 
 
+def _result(data: Any, path: Path) -> None:
+    render(parse_result(data, path))
+
+
+def render(result: RunResult) -> None:
+    """All text of the report and of the comparison's table."""
+    results = prepare([result])
+    rows, (run,) = summary_rows(results), results
+    runs = {run.label: results}
+    methods, memory, accuracy = (
+        page.Picture("x.png", b"", alt)
+        for alt in (page.methods_alt(rows), page.memory_alt(rows), page.accuracy_alt(run.order, runs))
+    )
+    part = page.StreamPart(run.stream, rows, runs, methods, memory if run.memory else None, {run.order: accuracy})
+    entries, skipped = table.compared(results), table.skipped(results)
+    markdown = table.to_markdown(table.table(entries), {run.cell: "x"}, skipped)
+    assert len(markdown.splitlines()) == 9 + (3 + len(skipped) if skipped else 0)
+    written = [*texts(results, rows, [part], slugs_of(results)).values(), table.to_csv(entries), markdown]
+    assert all(text.encode() for text in written)
+
+
 def _plan(data: Any, path: Path) -> None:
     assert all("/" not in key.name and not key.name.startswith(".") for key in check_plan(data, path))
 
@@ -74,7 +102,7 @@ def _plan(data: Any, path: Path) -> None:
 READERS: dict[str, Callable[[Any, Path], Any]] = {
     "run.json": check_facts,
     "progress.json": _ledger,
-    "result.json": parse_result,
+    "result.json": _result,
     "compare.json": _plan,
     "manifest.json": _manifest,
     "zero_shot.json": check_scores,

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import json
 import re
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -17,12 +17,18 @@ from peft.utils.other import get_pattern_key
 from safetensors.torch import load
 from torch import Tensor
 
+from mbf.peft.patterns import AS_PEFT_MATCHES, steps_of
+
 CONFIG = "adapter_config.json"
 WEIGHTS = "adapter_model.safetensors"
 PREFIX = "base_model.model."
 
 _DTYPES = (torch.float64, torch.float32, torch.float16, torch.bfloat16)
 _MOST = 1 << 31
+_LONGEST_PATTERN, _LONGEST_NAME, _USUAL_NAME = 1000, 200, 128
+# Of matching as PEFT does: the first, of a name of usual length, takes below a second; the second, of all names in
+# a file, about a minute.
+_MOST_STEPS, _MOST_STEPS_OF_ALL = 100_000_000, 10_000_000_000
 # What trains or computes more than A and B of linear layers.
 _BEYOND = (
     "use_dora",
@@ -61,7 +67,8 @@ def check_config(data: Any, path: Path) -> LoraConfig:
     """What ``adapter_config.json``, at ``path``, says of a plain LoRA.
 
     Raises:
-        ValueError: it is none, or a value that decides what the adapter computes is not of its type.
+        ValueError: it is none, a value that decides what the adapter computes is not of its type, or a pattern of
+            layers may take long to match.
     """
     if not isinstance(data, dict) or "peft_type" not in data:
         raise ValueError(f"{path}: found no peft_type, wanted the configuration of a PEFT adapter; restore it")
@@ -78,15 +85,18 @@ def check_config(data: Any, path: Path) -> LoraConfig:
         "lora_dropout": ("a number from 0 to 1", lambda value: _is_number(value) and 0 <= value <= 1),
         "use_rslora": ("true or false", lambda value: isinstance(value, bool)),
         "fan_in_fan_out": ("true or false", lambda value: isinstance(value, bool)),
-        "rank_pattern": ("ranks by pattern of layers", lambda value: _is_pattern(value, _is_rank)),
-        "alpha_pattern": ("numbers by pattern of layers", lambda value: _is_pattern(value, _is_number)),
+        "rank_pattern": ("ranks by pattern of layers", lambda value: _are_by_pattern(value, _is_rank)),
+        "alpha_pattern": ("numbers by pattern of layers", lambda value: _are_by_pattern(value, _is_number)),
         "target_modules": ("names of modules", _are_names),
         "exclude_modules": ("names of modules", _are_names),
+        "layers_pattern": ("names of modules", _are_names),
         "bias": ("'none'", lambda value: value == "none"),
     }
     for name, (kind, fits) in wanted.items():
         if name in data and not fits(data[name]):
             raise ValueError(f"{path}: {name} is {_short(data[name])}, wanted {kind}; restore it from a copy")
+    for name in AS_PEFT_MATCHES:
+        _check_patterns(name, _patterns(name, data.get(name)), path)
     try:
         config = LoraConfig.from_peft_type(**data)
     except Exception as error:  # whatever PEFT trips over in a field that is not looked at here
@@ -116,8 +126,10 @@ def check_factors(tensors: Mapping[str, Tensor], config: LoraConfig, file: Path)
 
     Raises:
         ValueError: a tensor is none of lora_A and lora_B, lacks its partner, does not fit it, has another rank than
-            the configuration says, is of no floating dtype that torch computes with, or is not finite.
+            the configuration says, is of no floating dtype that torch computes with, or is not finite; or names are
+            too long, or too many for the configuration's patterns.
     """
+    _check_names([key for key in tensors if key.endswith(".lora_A.weight")], config, file)
     rest, layers = dict(tensors), {}
     for key in sorted(key for key in tensors if key.endswith(".lora_A.weight")):
         name = key.removesuffix(".lora_A.weight")
@@ -179,22 +191,70 @@ def _is_number(value: Any) -> bool:
     return isinstance(value, int | float) and not isinstance(value, bool) and abs(value) < _MOST
 
 
-def _is_pattern(value: Any, fits: Any) -> bool:
-    return value is None or (isinstance(value, dict) and all(map(_compiles, value)) and all(map(fits, value.values())))
-
-
-def _compiles(pattern: str) -> bool:
-    try:
-        re.compile(rf"(.*\.)?({pattern})$")  # as PEFT puts it together
-    except (re.error, OverflowError, RecursionError):
-        return False
-    return True
+def _are_by_pattern(value: Any, fits: Any) -> bool:
+    return value is None or (isinstance(value, dict) and all(map(fits, value.values())))
 
 
 def _are_names(value: Any) -> bool:
+    return (
+        value is None or isinstance(value, str) or (isinstance(value, list) and all(isinstance(n, str) for n in value))
+    )
+
+
+def _patterns(name: str, value: Any) -> list[str]:
+    """What of field ``name`` is a regular expression: lists of modules are compared as they are, but layers_pattern."""
     if isinstance(value, str):
-        return _compiles(value)
-    return value is None or (isinstance(value, list) and all(isinstance(name, str) for name in value))
+        return [value]
+    return list(value or ()) if name in ("rank_pattern", "alpha_pattern", "layers_pattern") else []
+
+
+def _check_patterns(name: str, patterns: list[str], path: Path) -> None:
+    total = 0.0
+    for pattern in patterns:
+        if len(pattern) > _LONGEST_PATTERN:
+            raise ValueError(
+                f"{path}: {name} has {_short(pattern)}, of {len(pattern)} characters, wanted a pattern of at most "
+                f"{_LONGEST_PATTERN}; write it as several patterns"
+            )
+        try:
+            re.compile(AS_PEFT_MATCHES[name].format(pattern))
+            steps = steps_of(name, pattern, _USUAL_NAME)
+        except (re.error, OverflowError, RecursionError):
+            raise ValueError(
+                f"{path}: {name} has {_short(pattern)}, wanted a regular expression; restore it from a copy"
+            ) from None
+        total += steps
+        if total > _MOST_STEPS:
+            found, way = f"{_short(pattern)}, which", "write it with fewer of *, +, ? and |"
+            if steps <= _MOST_STEPS:
+                found, way = f"{len(patterns)} patterns, which", "write fewer, with fewer of *, +, ? and |"
+            raise ValueError(
+                f"{path}: {name} has {found} may take {_count(total)} steps to match a name of {_USUAL_NAME} "
+                f"characters, wanted at most {_count(_MOST_STEPS)}; {way}"
+            )
+
+
+def _check_names(keys: Iterable[str], config: LoraConfig, file: Path) -> None:
+    names = [key.removesuffix(".lora_A.weight").removeprefix(PREFIX) for key in keys]
+    longest = max(names, key=len, default="")
+    if len(longest) > _LONGEST_NAME:
+        raise ValueError(
+            f"{file} holds {_short(longest)}, a name of {len(longest)} characters, wanted at most {_LONGEST_NAME}; "
+            "restore it from a copy, or give the layers shorter names"
+        )
+    for field in ("rank_pattern", "alpha_pattern"):
+        patterns = _patterns(field, getattr(config, field))
+        steps = len(names) * sum(steps_of(field, pattern, len(longest)) for pattern in patterns)
+        if steps > _MOST_STEPS_OF_ALL:
+            raise ValueError(
+                f"{file} holds {len(names)} layers, whose names may take {_count(steps)} steps to match the "
+                f"{len(patterns)} patterns of {field} in {CONFIG}, wanted at most {_count(_MOST_STEPS_OF_ALL)}; write "
+                "them with fewer of *, +, ? and |"
+            )
+
+
+def _count(steps: float) -> str:
+    return "countless" if steps == float("inf") else f"{steps:,.0f}"
 
 
 def _short(value: Any) -> str:

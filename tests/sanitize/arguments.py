@@ -211,11 +211,11 @@ def lora_mlp_backward(random: Random) -> list[Any]:
     activation = random.randrange(2)
     lists = columns(branches)
     # Where g and u are to be made again, each h is made with them or taken: it must be what forward gave.
-    y, g, u, *hs = (
-        laid_out(random, kept, kept.dtype, True) for kept in mlp_ref(x, weights, biases, *lists, activation, False)
+    y, *kept, h1, h2, h3 = (
+        laid_out(random, one, one.dtype, True) for one in mlp_ref(x, weights, biases, *lists, activation, False)
     )
-    if not flag(random):
-        g = u = None
+    g, u = kept if flag(random) else (None, None)
+    hs = [h1, h2, h3]
     asked = [flag(random), *(need for one in branches for need in needs(random, one, x))]
     return [normal(random, tuple(y.shape), x.dtype), x, g, u, hs, weights, biases, *lists, activation, asked]
 

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import json
 import math
+import time
 import warnings
 from functools import cache
 from pathlib import Path
@@ -22,6 +23,7 @@ from tests.fuzz.targets._json import document, tensors_file
 
 PATH = Path("/adapter") / CONFIG
 LAYER = "base_model.model.model.layers.0.q_proj"
+SLOW_NAMES = ("a" * 40, "." * 40)
 
 
 @cache
@@ -34,9 +36,14 @@ def tensors() -> bytes:
     return save({f"{LAYER}.lora_A.weight": torch.ones(2, 4), f"{LAYER}.lora_B.weight": torch.zeros(3, 2)})
 
 
+def with_pattern(pattern: str) -> bytes:
+    return json.dumps({**good(), "rank_pattern": {pattern: 2}, "exclude_modules": pattern}).encode()
+
+
 def seeds() -> list[bytes]:
     return [
         b"\x00" + json.dumps(good()).encode(),
+        *(b"\x00" + with_pattern(pattern) for pattern in ("(a+)+b", "(a|a)*b", ".*.*.*b", r"layers\.\d+\..*", "a{9}?")),
         b"\x80",
         b"\x80abcdef",
         b"\x01\x00" + tensors(),
@@ -69,6 +76,10 @@ def _config(data: bytes) -> None:
     r = rank_of(config, LAYER)
     assert isinstance(r, int) and r > 0
     assert math.isfinite(scale_of(config, LAYER, r))
+    begun = time.process_time()
+    for name in SLOW_NAMES:
+        rank_of(config, name)
+    assert time.process_time() - begun < 2
 
 
 def _tensors(data: bytes) -> None:

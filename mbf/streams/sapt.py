@@ -10,6 +10,9 @@ from mbf.streams.spec import TaskSpec
 from mbf.streams.tables import as_text
 from mbf.streams.task import Content, Example, Split, StreamError
 
+MAX_JSON = 1 << 30
+"""Bytes of a file, which is read as one value."""
+
 FILES: dict[Split, list[str]] = {
     "train": ["train.json"],
     "validation": ["dev.json", "validation.json"],
@@ -68,7 +71,10 @@ def _labels(name: str, path: Path) -> list[str]:
 
 def _json(name: str, path: Path) -> Any:
     try:
-        return json.loads(path.read_bytes())
+        with path.open("rb") as file:
+            content = file.read(MAX_JSON + 1)
+        if len(content) <= MAX_JSON:
+            return json.loads(content)
     except OSError as error:
         raise StreamError(f"task {name!r}: {path} cannot be read: {error.strerror}; name a file that can") from None
     except UnicodeDecodeError as error:
@@ -77,3 +83,6 @@ def _json(name: str, path: Path) -> Any:
         raise StreamError(f"task {name!r}: {path} is nested too deep; wanted the SAPT layout") from None
     except ValueError as error:
         raise StreamError(f"task {name!r}: {path} is not JSON: {error}; mend it, or restore it from a copy") from None
+    raise StreamError(
+        f"task {name!r}: {path} is longer than {MAX_JSON} bytes; split the task, or write its rows as JSONL"
+    )

@@ -2,13 +2,23 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any
 
-from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
+from pydantic import AfterValidator, BaseModel, ConfigDict, Field, ValidationError, model_validator
 
 from mbf.streams.task import SPLITS, Kind, Metric, Split, StreamError
-from mbf.streams.yaml_file import YamlError, parse_yaml
+from mbf.streams.yaml_file import YamlError, parse_yaml_file
+
+
+def _printable(name: str) -> str:
+    if not name or not name.isprintable():
+        raise ValueError(f"found the name {name!r}, which cannot be shown in a line; take out line breaks and the like")
+    return name
+
+
+_Name = Annotated[str, AfterValidator(_printable)]
 
 
 class TaskSpec(BaseModel):
@@ -35,7 +45,7 @@ class TaskSpec(BaseModel):
 
     model_config = ConfigDict(extra="forbid", frozen=True)
 
-    name: str = Field(min_length=1)
+    name: _Name
     path: Path | None = None
     hub: str | None = None
     config: str | None = None
@@ -67,14 +77,14 @@ class StreamSpec(BaseModel):
 
     model_config = ConfigDict(extra="forbid", frozen=True)
 
-    name: str = "stream"
+    name: _Name = "stream"
     tasks: list[TaskSpec] = Field(min_length=1)
     orders: dict[int, list[str]] | list[list[str]] = {}
 
     @model_validator(mode="after")
     def _distinct_names(self) -> StreamSpec:
-        names = [task.name for task in self.tasks]
-        if twice := sorted({name for name in names if names.count(name) > 1}):
+        counts = Counter(task.name for task in self.tasks)
+        if twice := sorted(name for name, count in counts.items() if count > 1):
             raise ValueError(f"tasks {twice} are listed twice; give every task a name of its own")
         return self
 
@@ -98,7 +108,7 @@ def parse_spec(data: Any, where: str) -> StreamSpec:
 def read_spec(path: Path) -> StreamSpec:
     """The spec in a YAML file, with relative paths made relative to the file."""
     try:
-        data = parse_yaml(path.read_bytes())
+        data = parse_yaml_file(path)
     except YamlError as error:
         raise StreamError(f"{path} is not YAML: {error}; mend the file") from None
     except OSError as error:

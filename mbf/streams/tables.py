@@ -5,17 +5,26 @@ from __future__ import annotations
 import csv
 import json
 import math
+import sys
+from collections import Counter
 from collections.abc import Iterable, Iterator
+from itertools import chain
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 from mbf.streams.task import StreamError
+
+if TYPE_CHECKING:
+    from pyarrow.parquet import ParquetFile
 
 MAX_LINE = 16 << 20
 """Bytes of a line of JSONL, characters of a field of CSV: far more than any prompt takes."""
 
 MAX_PARQUET = 4 << 30
-"""Bytes of a Parquet file's columns when unpacked."""
+"""Bytes of a Parquet file's rows in memory, every text written out and every value an object."""
+
+_VALUE = 64
+"""Bytes that Python takes for a value beside its text."""
 
 _BOM = b"\xef\xbb\xbf"
 _UTF_16 = (b"\xff\xfe", b"\xfe\xff")
@@ -111,8 +120,7 @@ def read_csv(path: Path) -> Table:
     try:
         reader = csv.reader((line for _, line in _lines(path)), strict=True)
         columns = next(reader, [])
-        if twice := sorted({name for name in columns if columns.count(name) > 1}):
-            raise StreamError(f"{path}: column {twice[0]!r} is there twice; rename one")
+        _check_names(path, columns)
         rows: list[tuple[int, dict[str, Any]]] = []
         for fields in reader:
             where = f"{path}, line {reader.line_num}"
@@ -132,6 +140,11 @@ def read_csv(path: Path) -> Table:
     return Table(f"{path}, line", columns, rows, {})
 
 
+def _check_names(path: Path, columns: list[str]) -> None:
+    if twice := sorted(name for name, count in Counter(columns).items() if count > 1):
+        raise StreamError(f"{path}: column {twice[0]!r} is there twice; rename one")
+
+
 def read_parquet(path: Path) -> Table:
     import pyarrow
     from datasets import Features
@@ -140,21 +153,90 @@ def read_parquet(path: Path) -> Table:
     try:
         with _opened(path) as file:
             found = parquet.ParquetFile(file)
-            groups = (found.metadata.row_group(n) for n in range(found.metadata.num_row_groups))
-            if (size := sum(group.total_byte_size for group in groups)) > MAX_PARQUET:
-                raise StreamError(f"{path}: unpacks to {size} bytes, wanted at most {MAX_PARQUET}; split it")
-            table = found.read()
-        features = Features.from_arrow_schema(table.schema)
-        values = table.to_pylist()
+            schema = found.schema_arrow
+            _check_names(path, schema.names)
+            features = Features.from_arrow_schema(schema)
+            # Weighed before any of it is made: a text that is there once may stand in a million rows.
+            _check_size(path, _claimed(found))
+            size = 0
+            for weight in _weights(found, file):
+                size += weight
+                _check_size(path, size)
+            values = [row for batch in found.iter_batches() for row in batch.to_pylist()]
     except StreamError:
         raise
-    except (pyarrow.ArrowException, OSError, ValueError, TypeError, KeyError, OverflowError, MemoryError) as error:
+    except (
+        pyarrow.ArrowException,
+        OSError,
+        ValueError,
+        TypeError,
+        LookupError,
+        AttributeError,
+        OverflowError,
+        RecursionError,
+        MemoryError,
+    ) as error:
         raise StreamError(f"{path}: is no Parquet that can be read: {_first_line(error)}; write it anew") from None
-    columns = list(table.column_names)
-    if twice := sorted({name for name in columns if columns.count(name) > 1}):
-        raise StreamError(f"{path}: column {twice[0]!r} is there twice; rename one")
     names = {name: list(f.names) for name, f in features.items() if getattr(f, "names", None)}
-    return Table(f"{path}, row", columns, list(enumerate(values, 1)), names)
+    return Table(f"{path}, row", list(schema.names), list(enumerate(values, 1)), names)
+
+
+def _check_size(path: Path, size: int) -> None:
+    if size > MAX_PARQUET:
+        raise StreamError(f"{path}: unpacks to {size} bytes or more, wanted at most {MAX_PARQUET}; split it")
+
+
+def _claimed(found: ParquetFile) -> int:
+    """Bytes that the file's own words come to, which may be too few."""
+    groups = (found.metadata.row_group(n) for n in range(found.metadata.num_row_groups))
+    return sum(group.total_byte_size for group in groups) + _VALUE * found.metadata.num_rows
+
+
+def _weights(found: ParquetFile, file: Any) -> Iterator[int]:
+    """Bytes that the columns take in Python, some rows at a time.
+
+    Plain texts come as the texts and a number for each row. Those within lists and objects Arrow writes out, so that
+    few rows are taken then.
+    """
+    from pyarrow import parquet, types
+
+    schema, leaves = found.schema_arrow, [found.schema.column(n) for n in range(len(found.schema))]
+    nested = {field.name for field in schema if types.is_nested(field.type)}
+    plain = {*schema.names} - nested
+    texts = {leaf.path for leaf in leaves if leaf.physical_type == "BYTE_ARRAY" and leaf.logical_type.type != "DECIMAL"}
+    coded, others = [*(texts & plain)], [*({*schema.names} - (texts & plain))]
+    width = max((leaf.length for leaf in leaves if leaf.physical_type == "FIXED_LEN_BYTE_ARRAY"), default=0)
+    row = sys.getsizeof(dict.fromkeys(schema.names)) + sys.getsizeof((0, {}))
+    file.seek(0)
+    again = parquet.ParquetFile(file, metadata=found.metadata, read_dictionary=coded)
+    for batch in chain(
+        again.iter_batches(1 << 16, columns=coded) if coded else (),
+        found.iter_batches(min(64 if nested else 1 << 16, (16 << 20) // (width + 1) + 1), columns=others)
+        if others
+        else (),
+    ):
+        yield sum(row // len(schema) * len(column) + _weight_of_values(column) for column in batch.columns)
+
+
+def _weight_of_values(array: Any) -> int:
+    import pyarrow
+    from pyarrow import compute, types
+
+    if isinstance(array, pyarrow.ExtensionArray):
+        array = array.storage
+    size = _VALUE * len(array)
+    if types.is_nested(array.type):
+        inner = array.flatten()
+        return size + sum(map(_weight_of_values, inner if isinstance(inner, list) else [inner]))
+    if types.is_dictionary(array.type):
+        kind = array.type.value_type
+        if any(
+            is_kind(kind)
+            for is_kind in (types.is_string, types.is_large_string, types.is_binary, types.is_large_binary)
+        ):
+            lengths = compute.binary_length(array.dictionary).take(array.indices)
+            return size + (compute.sum(lengths).as_py() or 0)
+    return size + int(array.nbytes)
 
 
 READERS = {".jsonl": read_jsonl, ".csv": read_csv, ".parquet": read_parquet}
@@ -164,8 +246,10 @@ def as_text(value: Any, where: str, column: str) -> str:
     """A plain value as text.
 
     Raises:
-        StreamError: it is a list or an object, no number, or text that is none.
+        StreamError: it is null, a list or an object, no number, or text that is none.
     """
+    if value is None:
+        raise StreamError(f"{where}: {column!r} has no value; fill it in, or remove the row")
     if isinstance(value, float) and not math.isfinite(value):
         raise StreamError(f"{where}: {column!r} is {value}, wanted text or a finite number; mend or remove the row")
     if isinstance(value, dict | list | tuple | set | bytes | bytearray):

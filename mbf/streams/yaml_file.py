@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import Any
 
 import yaml
@@ -50,15 +51,16 @@ class _Loader(yaml.SafeLoader):
         finally:
             self.depth -= 1
 
-    def construct_mapping(self, node: Any, deep: bool = False) -> Any:
-        seen = set()
-        for key, _ in node.value:
-            if isinstance(key, yaml.ScalarNode):
-                if (key.tag, key.value) in seen:
-                    line = key.start_mark.line + 1
-                    raise YamlError(f"line {line}: key {key.value!r} is there twice; leave one of them out")
-                seen.add((key.tag, key.value))
-        return super().construct_mapping(node, deep)
+
+def parse_yaml_file(path: Path) -> Any:
+    """``parse_yaml`` of a file, of which no more is read than it takes.
+
+    Raises:
+        YamlError: as there.
+        OSError: it cannot be read.
+    """
+    with path.open("rb") as file:
+        return parse_yaml(file.read(MAX_BYTES + 1))
 
 
 def parse_yaml(content: bytes | str) -> Any:
@@ -70,7 +72,7 @@ def parse_yaml(content: bytes | str) -> Any:
         YamlError: anything else.
     """
     if len(content) > MAX_BYTES:
-        raise YamlError(f"found {len(content)} bytes, wanted at most {MAX_BYTES}; rows belong into files of their own")
+        raise YamlError(f"has more than {MAX_BYTES} bytes; rows belong into files of their own")
     try:
         text = content.decode("utf-8-sig") if isinstance(content, bytes) else content
     except UnicodeDecodeError as error:
@@ -102,16 +104,30 @@ def parse_yaml(content: bytes | str) -> Any:
 def _size(node: Any, known: dict[int, int]) -> int:
     """The values below ``node``, each alias counted with all that it stands for.
 
+    Keys are compared here, as they are written: once merges are resolved, a key may rightly be there twice.
+
     Raises:
-        YamlError: they are too many, or a value holds itself.
+        YamlError: they are too many, a value holds itself, or a key is there twice.
     """
     if (size := known.get(id(node))) is None:
         known[id(node)] = 0  # until it is known: who meets it now is inside of it
+        if isinstance(node, yaml.MappingNode):
+            _check_keys(node)
         size = known[id(node)] = 1 + sum(_size(inner, known) for inner in _inner(node))
     if size == 0 or size > MAX_VALUES:
         found = "holds itself" if size == 0 else f"stands for more than {MAX_VALUES} values"
         raise YamlError(f"line {node.start_mark.line + 1}: what is named by & {found}; write the values out")
     return size
+
+
+def _check_keys(node: Any) -> None:
+    seen = set()
+    for key, _ in node.value:
+        if isinstance(key, yaml.ScalarNode):
+            if (key.tag, key.value) in seen:
+                line = key.start_mark.line + 1
+                raise YamlError(f"line {line}: key {key.value!r} is there twice; leave one of them out")
+            seen.add((key.tag, key.value))
 
 
 def _inner(node: Any) -> list[Any]:

@@ -8,7 +8,7 @@ import time
 import traceback
 from pathlib import Path
 
-from tests.fuzz.harness import inputs, names, target
+from tests.fuzz.harness import SECONDS, TooSlow, inputs, limit, names, target
 
 
 def main() -> int:
@@ -22,14 +22,15 @@ def main() -> int:
     return int(any([fuzz(name, arguments.inputs, arguments.seed, arguments.finds) for name in readers]))
 
 
-def fuzz(name: str, count: int, seed: int, finds: Path, most: int = 20) -> int:
-    """The number of inputs on which the reader failed, at most ``most``; each is kept in ``finds``."""
+def fuzz(name: str, count: int, seed: int, finds: Path, most: int = 20, seconds: float = SECONDS) -> int:
+    """The number of inputs on which the reader failed or took too long, at most ``most``; each is kept in ``finds``."""
     module, failures, done = target(name), 0, 0
     start = time.perf_counter()
     for done, data in enumerate(inputs(module, count, seed), 1):
         try:
-            module.one(data)
-        except Exception:
+            with limit(seconds):
+                module.one(data)
+        except (Exception, TooSlow):
             failures += 1
             finds.mkdir(parents=True, exist_ok=True)
             kept = finds / f"{name}-{seed}-{done}"

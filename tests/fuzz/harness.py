@@ -13,7 +13,9 @@ from __future__ import annotations
 import importlib
 import pkgutil
 import random
+import signal
 from collections.abc import Iterator
+from contextlib import contextmanager
 from types import ModuleType
 
 from tests.fuzz import targets
@@ -23,6 +25,30 @@ LONGEST = 1 << 14
 
 WORDS = [b"\0", b"\xff", b"\xef\xbb\xbf", b"\xff\xfe", b"\xc3", b"\xed\xa0\x80", b"\r\n", b"\n", b"\t", b'"', b"../"]
 """Tokens of every format."""
+
+
+SECONDS = 10
+"""For an input, however wrong."""
+
+
+class TooSlow(BaseException):
+    """An input took longer than it may; no ``Exception``, so that no reader takes it for one of its own."""
+
+
+@contextmanager
+def limit(seconds: float = SECONDS) -> Iterator[None]:
+    """Raise ``TooSlow`` in the block when the time is over, in the main thread."""
+
+    def over(*_: object) -> None:
+        raise TooSlow(f"took longer than {seconds} s")
+
+    before = signal.signal(signal.SIGALRM, over)
+    signal.setitimer(signal.ITIMER_REAL, seconds)
+    try:
+        yield
+    finally:
+        signal.setitimer(signal.ITIMER_REAL, 0)
+        signal.signal(signal.SIGALRM, before)
 
 
 def names() -> list[str]:

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import subprocess
 import sys
+import time
+from contextlib import suppress
 from pathlib import Path
 from types import ModuleType
 
@@ -40,6 +42,25 @@ def test_a_find_is_counted_and_kept(
     kept = [file.read_bytes() for file in tmp_path.iterdir()]
     assert len(kept) == 3 and b"good" not in kept
     assert "KeyError: 'planted'" in capsys.readouterr().out
+
+
+def test_an_input_that_takes_too_long_is_a_find(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    planted = ModuleType("planted")
+
+    def one(data: bytes) -> None:
+        with suppress(Exception):
+            time.sleep(0 if data == b"good" else 60)
+
+    vars(planted).update(seeds=lambda: [b"good", b"slow"], one=one)
+    monkeypatch.setattr("tests.fuzz.__main__.target", lambda name: planted)
+    before = time.monotonic()
+    assert fuzz("planted", 2, 0, tmp_path, seconds=0.05) == 1
+    assert time.monotonic() - before < 30
+    assert [file.read_bytes() for file in tmp_path.iterdir()] == [b"slow"]
+    assert "took longer than 0.05 s" in capsys.readouterr().out
+    time.sleep(0.1)  # no alarm is left
 
 
 GUIDED = """

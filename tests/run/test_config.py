@@ -138,3 +138,11 @@ def test_a_name_that_no_file_can_have_is_a_name(name: str) -> None:
         load_stream(name)
     with pytest.raises(StreamError, match=r"task 't'.*(cannot be read|no file for split 'train')"):
         load_stream({"tasks": [{"name": "t", "path": name}]})
+
+
+@pytest.mark.parametrize("name", ["", "two\nlines", "\ud800", "nul\0"])
+def test_a_name_that_cannot_be_shown_is_refused_before_anything_is_learned(name: str) -> None:
+    task = {"name": "t", "path": "."}
+    for data in ({"name": name, "tasks": [task]}, {"tasks": [task | {"name": name}]}):
+        with pytest.raises(StreamError, match=r"name: .*found the name .*, which cannot be shown in a line; take out"):
+            load_stream(data)

@@ -36,6 +36,7 @@ class Index:
     url: str = ""
     address: str = "../../files/" + ARTIFACT.filename  # what the listing says of the file
     page: bytes | None = None  # what the listing is instead
+    other: bytes = b""  # what a second index, /other, has as the file
 
 
 @pytest.fixture
@@ -49,6 +50,11 @@ def index(monkeypatch: pytest.MonkeyPatch) -> Iterator[Index]:
                 self.listing()
             elif self.path == "/files/some_data-1.0.tar.gz":
                 self.file()
+            elif self.path == "/other/some-data/":
+                files = [{"filename": ARTIFACT.filename, "url": f"{state.url}/other/{ARTIFACT.filename}"}]
+                self.answer(200, json.dumps({"files": files}).encode(), {"Content-Type": "application/json"})
+            elif self.path == f"/other/{ARTIFACT.filename}":
+                self.answer(200, state.other, {})
             else:
                 self.send_error(404)
 
@@ -218,3 +224,50 @@ def test_no_more_is_taken_than_the_file_has(index: Index, tmp_path: Path, monkey
     with pytest.raises(FetchError, match=f"more than the {len(CONTENT)} bytes of {ARTIFACT.filename} came"):
         fetch(ARTIFACT, cache=tmp_path)
     assert sum(file.stat().st_size for file in tmp_path.rglob("*") if file.is_file()) <= len(CONTENT)
+
+
+@pytest.mark.parametrize("given", [CONTENT[::-1], CONTENT[::-1] * 2, b"<html>log in</html>"])
+def test_what_a_wrong_index_gave_is_not_continued(
+    index: Index, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, given: bytes
+) -> None:
+    monkeypatch.setenv("PIP_INDEX_URL", f"{index.url}/other")
+    monkeypatch.setenv("PIP_EXTRA_INDEX_URL", f"{index.url}/simple")
+    index.other = given
+    assert fetch(ARTIFACT, cache=tmp_path).read_bytes() == CONTENT
+
+
+@pytest.mark.parametrize("size", [700_000, len(CONTENT), len(CONTENT) + 1])
+def test_a_damaged_part_is_fetched_from_the_start(
+    index: Index, tmp_path: Path, caplog: pytest.LogCaptureFixture, size: int
+) -> None:
+    part = cached(ARTIFACT, tmp_path).with_name(f"{ARTIFACT.filename}.part")
+    part.parent.mkdir(parents=True)
+    part.write_bytes(b"x" * size)
+    with caplog.at_level(logging.WARNING):
+        assert fetch(ARTIFACT, cache=tmp_path).read_bytes() == CONTENT
+    assert index.asked[-1][1] is None
+    assert ("fetching it from the start, once" in caplog.text) == (size <= len(CONTENT))
+
+
+def test_a_full_disk_says_where_and_what_to_do(index: Index, tmp_path: Path) -> None:
+    part = cached(ARTIFACT, tmp_path).with_name(f"{ARTIFACT.filename}.part")
+    part.parent.mkdir(parents=True)
+    part.symlink_to("/dev/full")
+    with pytest.raises(OSError, match="No space left on device; free some space, or name another folder in") as error:
+        fetch(ARTIFACT, cache=tmp_path)
+    assert error.value.filename == str(part)
+
+
+def test_a_page_that_never_ends(index: Index, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("mbf.streams.fetch._download_with_pip", lambda *_: "pip: not asked here")
+    monkeypatch.setattr("mbf.streams.fetch.MAX_PAGE", 1000)
+    index.page = json.dumps({"files": [{"filename": ARTIFACT.filename, "url": index.address}]}).encode() + b" " * 1000
+    with pytest.raises(FetchError, match=r"/simple/some-data/ is longer than 1000 bytes; pip: not asked here"):
+        fetch(ARTIFACT, cache=tmp_path)
+
+
+def test_what_enters_the_cache_is_synced(index: Index, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    synced: list[str] = []
+    monkeypatch.setattr("mbf.streams.disk._sync", lambda path: synced.append(path.name))
+    fetch(ARTIFACT, cache=tmp_path)
+    assert synced == [f"{ARTIFACT.filename}.part", "packages"]

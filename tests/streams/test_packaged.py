@@ -2,13 +2,17 @@
 
 from __future__ import annotations
 
+import io
+import logging
 from collections import Counter
 from collections.abc import Iterator
 from pathlib import Path
 
+import pyarrow
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
+from pyarrow import parquet
 
 from mbf.streams import load_stream
 from mbf.streams.artifacts import ARTIFACTS
@@ -80,6 +84,54 @@ def test_parsed_once_and_the_same_for_a_seed(small: list[Path], tmp_path: Path) 
     other = load(tmp_path / "a", 1)
     assert other.fingerprint != first.fingerprint
     assert other.train["text"] != first.train["text"]
+
+
+@pytest.mark.parametrize("harm", ["other rows", "no sum", "cut", "sum of no meaning"])
+def test_parsed_rows_that_are_not_what_was_written_are_made_anew(
+    small: list[Path], tmp_path: Path, caplog: pytest.LogCaptureFixture, harm: str
+) -> None:
+    def load() -> str:
+        return load_stream("small", cache=tmp_path).tasks["small_task"].fingerprint
+
+    first = load()
+    [rows], [sha256] = tmp_path.glob("tasks/*.parquet"), tmp_path.glob("tasks/*.parquet.sha256")
+    whole = rows.read_bytes()
+    if harm == "other rows":
+        other = io.BytesIO()
+        texts = [f"planted {number}" for number in range(300)]
+        parquet.write_table(pyarrow.table({"text": texts, "label": [*CLASSES.values()] * 100}), other)
+        rows.write_bytes(other.getvalue())
+    elif harm == "no sum":
+        sha256.unlink()
+    elif harm == "cut":
+        rows.write_bytes(whole[:100])
+    else:
+        sha256.write_bytes(b"\xff")
+    with caplog.at_level(logging.WARNING):
+        assert load() == first
+    assert f"{rows} in the cache is damaged" in caplog.text
+    assert rows.read_bytes() == whole
+    assert len(small) == 2
+    assert load() == first
+    assert len(small) == 2
+    assert not list(tmp_path.rglob("*.part"))
+
+
+def test_parsed_rows_are_synced(small: list[Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    synced: list[str] = []
+    monkeypatch.setattr("mbf.streams.disk._sync", lambda path: synced.append(path.suffix))
+    load_stream("small", cache=tmp_path)
+    assert synced == [".part", "", ".part", ""]
+
+
+def test_a_full_disk_for_parsed_rows(small: list[Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    load_stream("small", cache=tmp_path)
+    [rows] = tmp_path.glob("tasks/*.parquet")
+    rows.unlink()
+    rows.with_name(f"{rows.name}.part").symlink_to("/dev/full")
+    with pytest.raises(OSError, match="No space left on device; free some space, or name another folder in") as error:
+        load_stream("small", cache=tmp_path)
+    assert error.value.filename == str(rows)
 
 
 def test_rows_are_capped_by_class(small: list[Path], tmp_path: Path) -> None:

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import io
 import re
+import time
 from pathlib import Path
 from typing import Any
 
@@ -11,7 +13,9 @@ import pytest
 from datasets import ClassLabel, Dataset, Features, Value
 from pyarrow import parquet
 
-from mbf.streams import StreamError, load_stream, tables
+from mbf.run.config import ConfigError, read_yaml
+from mbf.streams import StreamError, load_stream, sapt, tables
+from mbf.streams.spec import read_spec
 from mbf.streams.tables import read_table
 
 
@@ -94,8 +98,101 @@ def test_truncated_parquet(tmp_path: Path, cut: float) -> None:
 def test_parquet_that_unpacks_to_too_much(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(tables, "MAX_PARQUET", 1000)
     parquet.write_table(pyarrow.table({"text": ["a" * 100_000]}), tmp_path / "a.parquet", compression="zstd")
-    with pytest.raises(StreamError, match=r"a\.parquet: unpacks to \d+ bytes, wanted at most 1000; split it"):
+    with pytest.raises(StreamError, match=r"a\.parquet: unpacks to \d+ bytes or more, wanted at most 1000; split it"):
         read_table(tmp_path / "a.parquet")
+
+
+def repeated(text: str, rows: int) -> bytes:
+    """A Parquet file that has the text once, for any number of rows."""
+    column = pyarrow.DictionaryArray.from_arrays(pyarrow.array([0] * rows, pyarrow.int32()), pyarrow.array([text]))
+    file = io.BytesIO()
+    parquet.write_table(pyarrow.table({"text": column.cast(pyarrow.dictionary(pyarrow.int32(), "string"))}), file)
+    return file.getvalue()
+
+
+def test_a_text_that_is_there_once_for_a_million_rows(tmp_path: Path) -> None:
+    """Ten gigabytes in two kilobytes: refused before they are made."""
+    (tmp_path / "a.parquet").write_bytes(repeated("x" * 10_000, 1_000_000))
+    assert (tmp_path / "a.parquet").stat().st_size < 10_000
+    before = pyarrow.default_memory_pool().max_memory()
+    with pytest.raises(StreamError, match=r"a\.parquet: unpacks to 4\d{9} bytes or more, wanted at most 4294967296; "):
+        read_table(tmp_path / "a.parquet")
+    assert pyarrow.default_memory_pool().max_memory() - before < 1 << 28
+
+
+@pytest.mark.parametrize(
+    "values",
+    [
+        ["x" * 10_000] * 100,
+        [b"x" * 10_000] * 100,
+        pyarrow.array([b"x" * 10_000] * 100, pyarrow.binary(10_000)),
+        pyarrow.array(["x" * 10_000] * 100).dictionary_encode(),
+        [["x" * 5_000, "x" * 5_000]] * 100,
+        [{"a": ["x" * 10_000]}] * 100,
+        [1] * 10_000,
+        [None] * 10_000,
+        [[1] * 10_000],
+        [{"a": None}] * 10_000,
+    ],
+    ids=["text", "bytes", "fixed", "dictionary", "lists", "objects", "numbers", "nulls", "long list", "null objects"],
+)
+def test_repeated_values_are_weighed_written_out(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, values: Any) -> None:
+    path = tmp_path / "a.parquet"
+    parquet.write_table(pyarrow.table({"text": values}), path, compression="zstd")
+    rows = pyarrow.array(values) if isinstance(values, list) else values
+    assert [row["text"] for _, row in read_table(path).rows] == rows.to_pylist()
+    monkeypatch.setattr(tables, "_claimed", lambda found: 0)
+    monkeypatch.setattr(tables, "MAX_PARQUET", 600_000)
+    with pytest.raises(StreamError, match=r"unpacks to \d+ bytes or more, wanted at most 600000; split it"):
+        read_table(path)
+
+
+def test_parquet_of_many_groups_and_kinds(tmp_path: Path) -> None:
+    content = {
+        "text": [f"{number % 7}" * 300 if number % 5 else None for number in range(5000)],
+        "label": [[f"{number}" * 50, "no"] for number in range(5000)],
+        "kind": pyarrow.array([f"{number % 3}" for number in range(5000)]).dictionary_encode(),
+        "large": pyarrow.array([f"{number}" for number in range(5000)], pyarrow.large_string()),
+    }
+    table = pyarrow.table(content)
+    parquet.write_table(table, tmp_path / "a.parquet", row_group_size=1300)
+    found = read_table(tmp_path / "a.parquet")
+    assert found.columns == table.column_names
+    assert found.rows == list(enumerate(table.to_pylist(), 1))
+
+
+def test_a_header_of_many_names(tmp_path: Path) -> None:
+    header = ",".join(f"c{number}" for number in range(100_000)).encode()
+    before = time.process_time()
+    assert read(tmp_path, "a.csv", header + b"\n") == []
+    with pytest.raises(StreamError, match="column 'c7' is there twice; rename one"):
+        read(tmp_path, "a.csv", header + b",c7\n")
+    assert time.process_time() - before < 10
+
+
+@pytest.mark.parametrize("features", ['{"text": ["x"]}', '{"text": ' + "[" * 400 + "]" * 400 + "}", "7"])
+def test_parquet_with_metadata_of_no_meaning(tmp_path: Path, features: str) -> None:
+    table = pyarrow.table({"text": ["a"]}).replace_schema_metadata(
+        {"huggingface": '{"info": {"features": ' + features + "}}"}
+    )
+    parquet.write_table(table, tmp_path / "a.parquet")
+    with pytest.raises(StreamError, match=r"a\.parquet: is no Parquet that can be read: .*; write it anew"):
+        read_table(tmp_path / "a.parquet")
+
+
+def test_a_name_twice_in_parquet(tmp_path: Path) -> None:
+    twice = pyarrow.Table.from_arrays([pyarrow.array(["a"]), pyarrow.array(["b"])], ["text", "text"])
+    parquet.write_table(twice, tmp_path / "a.parquet")
+    with pytest.raises(StreamError, match=r"a\.parquet: column 'text' is there twice; rename one"):
+        read_table(tmp_path / "a.parquet")
+
+
+def test_configurations_that_never_end() -> None:
+    endless = Path("/dev/zero")
+    with pytest.raises(StreamError, match="has more than 1048576 bytes"):
+        read_spec(endless)
+    with pytest.raises(ConfigError, match="has more than 1048576 bytes"):
+        read_yaml(endless)
 
 
 @pytest.mark.parametrize(
@@ -104,6 +201,8 @@ def test_parquet_that_unpacks_to_too_much(tmp_path: Path, monkeypatch: pytest.Mo
         ('{"text": {"a": 1}, "label": "x"}', "'text' is an object, wanted text or a number; name another column"),
         ('{"text": ["a"], "label": "x"}', "'text' is a list, wanted text or a number; name another column"),
         ('{"text": "a", "label": ["x", ["y"]]}', "'label' is a list, wanted text or a number; name another column"),
+        ('{"text": "a", "label": [null]}', "'label' has no value; fill it in, or remove the row"),
+        ('{"text": "a", "label": ["x", null]}', "'label' has no value; fill it in, or remove the row"),
         ('{"text": "a", "label": []}', "'label' is an empty list; give an answer, or remove the row"),
         ('{"text": "a"}', "'label' has no value; fill it in, or remove the row"),
         ('{"text": "\\ud800", "label": "x"}', "'text' has half a character (\\ud800); write it whole"),
@@ -129,6 +228,8 @@ def test_what_is_said_of_a_bad_value(tmp_path: Path, row: str, said: str) -> Non
         (b'{"Instances": [7]}', "instance 1: wanted 'input' and 'output', found 7; fill it in, or remove it"),
         (b'{"Instances": [{"input": {}, "output": "a"}]}', "instance 1: 'input' is an object, wanted text or a number"),
         (b'{"Instances": [{"input": "a", "output": [[]]}]}', "instance 1: 'output' is a list, wanted text or a number"),
+        (b'{"Instances": [{"input": "a", "output": ["x", null]}]}', "instance 1: 'output' has no value; fill it in"),
+        (b'{"Definition": null, "Instances": []}', "'Definition' has no value; fill it in, or remove the row"),
         (b'{"Definition": {}, "Instances": []}', "'Definition' is an object, wanted text or a number"),
         (b'{"Instances": "\xff"}', "byte 15 is not UTF-8; save the file as UTF-8"),
         (b"[" * 200_000, "is nested too deep; wanted the SAPT layout"),
@@ -151,3 +252,16 @@ def test_labels_of_sapt_that_are_no_list(tmp_path: Path) -> None:
     (tmp_path / "t" / "labels.json").write_text('{"b": 1}')
     with pytest.raises(StreamError, match=r"labels\.json holds dict, wanted a list of labels"):
         load_stream(tmp_path)
+
+
+def test_a_sapt_file_that_never_ends(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(sapt, "MAX_JSON", 1000)
+    with pytest.raises(
+        StreamError, match=r"train\.json is longer than 1000 bytes; split the task, or write its rows as"
+    ):
+        sapt._json("t", endless(tmp_path / "train.json"))
+
+
+def endless(path: Path) -> Path:
+    path.symlink_to("/dev/zero")
+    return path

@@ -20,8 +20,9 @@ def read(data: bytes, name: str) -> None:
 
 
 def check(table: Table) -> None:
-    assert all(isinstance(name, str) for name in table.columns)
-    assert all(row.keys() <= set(table.columns) for _, row in table.rows)
+    columns = set(table.columns)
+    assert all(isinstance(name, str) for name in columns)
+    assert all(row.keys() <= columns for _, row in table.rows)
     with suppress(StreamError):
         for example in examples_of(SPEC, "train", table):
             assert example.answers

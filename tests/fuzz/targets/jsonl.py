@@ -9,6 +9,7 @@ WORDS = [b'{"text": ', b'"label": ', b"null", b"NaN", b"Infinity", b"1e999", b"[
 
 def seeds() -> list[bytes]:
     return [
+        b'{"text": "a", "label": ["x", null]}\n',
         b'{"text": "a", "label": "yes"}\n{"text": "b", "label": "no"}\n',
         '\ufeff{"text": "Åse", "label": 0}\r\n\r\n{"label": [1, 2.5, true], "text": 7}'.encode(),
         b'{"text": "a", "label": null}\n{"text": {"x": [1]}, "label": []}\n{}\n',

@@ -18,6 +18,7 @@ def seeds() -> list[bytes]:
         b"name: mine\ntasks:\n  - {name: a, path: a, labels: {0: no, 1: yes}}\n  - {name: b, hub: x/y, text: [p, q]}\n"
         b"orders: [[a, b], [b, a]]\n",
         b"tasks: [&t {name: a, path: /data, splits: {train: ../x.jsonl}}]\norders: {3: [a]}\n",
+        b"defaults: &d {noun: a}\nmore: [&e {<<: *d, noun: b}]\ntasks: [{<<: *e, name: a, path: a}]\n",
         b"defaults: &d {noun: topic}\ntasks:\n- <<: *d\n  name: a\n  path: a\n  kind: generation\n",
     ]
 

@@ -32,23 +32,23 @@ SECONDS = 10
 
 
 class TooSlow(BaseException):
-    """An input took longer than it may; no ``Exception``, so that no reader takes it for one of its own."""
+    """An input took more than it may; no ``Exception``, so that no reader takes it for one of its own."""
 
 
 @contextmanager
 def limit(seconds: float = SECONDS) -> Iterator[None]:
-    """Raise ``TooSlow`` in the block when the time is over, in the main thread."""
+    """Raise ``TooSlow`` in the block when the process has computed for so long, whatever the clock says."""
 
     def over(*_: object) -> None:
-        raise TooSlow(f"took longer than {seconds} s")
+        raise TooSlow(f"computed for more than {seconds} s")
 
-    before = signal.signal(signal.SIGALRM, over)
-    signal.setitimer(signal.ITIMER_REAL, seconds)
+    before = signal.signal(signal.SIGPROF, over)
+    signal.setitimer(signal.ITIMER_PROF, seconds)
     try:
         yield
     finally:
-        signal.setitimer(signal.ITIMER_REAL, 0)
-        signal.signal(signal.SIGALRM, before)
+        signal.setitimer(signal.ITIMER_PROF, 0)
+        signal.signal(signal.SIGPROF, before)
 
 
 def names() -> list[str]:

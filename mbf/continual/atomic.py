@@ -70,7 +70,7 @@ def whole_directory(
         except BaseException:
             shutil.rmtree(temporary, ignore_errors=True)
             raise
-        _sync(target.parent)  # before the old one goes: the renames may not be on the disk yet
+        sync(target.parent)  # before the old one goes: the renames may not be on the disk yet
         _remove_old(target)
 
 
@@ -99,10 +99,10 @@ def whole_files(path: str | os.PathLike[str], last: str) -> Iterator[Path]:
             if target.is_dir():
                 for file in sorted(temporary.iterdir(), key=lambda file: (file.name == last, file.name)):
                     os.replace(file, target / file.name)
-                _sync(target)
+                sync(target)
             else:
                 temporary.rename(target)
-                _sync(target.parent)
+                sync(target.parent)
         finally:
             shutil.rmtree(temporary, ignore_errors=True)
 
@@ -126,7 +126,7 @@ def write_file(path: str | os.PathLike[str], content: str | bytes) -> None:
         except BaseException:
             temporary.unlink(missing_ok=True)
             raise
-        _sync(target.parent)
+        sync(target.parent)
 
 
 @contextmanager
@@ -195,7 +195,19 @@ def is_torso(name: str) -> bool:
 def sync_tree(root: Path) -> None:
     """Have everything below ``root``, and it itself, on the disk and not just in memory."""
     for path in [*root.rglob("*"), root]:
-        _sync(path)
+        sync(path)
+
+
+def sync(path: Path) -> None:
+    """Have a file's content, or a directory's names, on the disk; where the file system can."""
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    except OSError as error:
+        if error.errno not in (errno.EINVAL, errno.ENOTSUP, errno.EBADF):  # file systems that cannot sync a directory
+            raise
+    finally:
+        os.close(descriptor)
 
 
 def sha256_of(path: str | os.PathLike[str]) -> str:
@@ -257,14 +269,3 @@ def _olds(target: Path) -> list[Path]:
 def _remove_old(target: Path) -> None:
     for old in _olds(target):
         shutil.rmtree(old, ignore_errors=True)
-
-
-def _sync(path: Path) -> None:
-    descriptor = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    except OSError as error:
-        if error.errno not in (errno.EINVAL, errno.ENOTSUP, errno.EBADF):  # file systems that cannot sync a directory
-            raise
-    finally:
-        os.close(descriptor)

@@ -22,7 +22,7 @@ from pydantic import BaseModel, ConfigDict, NonNegativeFloat, NonNegativeInt
 from safetensors.torch import save_file
 from torch import Tensor
 
-from mbf.continual.atomic import _sync, sha256_of, sync_tree, writing
+from mbf.continual.atomic import sha256_of, sync, sync_tree, writing
 from mbf.continual.metrics import MALFORMED
 from mbf.peft.stored import read_tensors
 from mbf.run.directory import RunError, read_json, write_json
@@ -80,7 +80,7 @@ def seal(path: Path, step: int, seconds: float, method_state: Mapping[str, Tenso
         sync_tree(path)
     write_json(path / MANIFEST, Manifest(step=step, seconds=seconds, sha256=_hashes(path)).model_dump())
     with writing(path):
-        _sync(path.parent)  # the older ones are removed only when this one is on the disk, and so is its name
+        sync(path.parent)  # the older ones are removed only when this one is on the disk, and so is its name
     for older in path.parent.glob("checkpoint-*"):
         if older != path:
             shutil.rmtree(older)

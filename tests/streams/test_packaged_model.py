@@ -93,6 +93,6 @@ def test_everything_is_synced_before_it_is_there(
     made: list[Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     synced: list[str] = []
-    monkeypatch.setattr("mbf.continual.atomic._sync", lambda path: synced.append(path.name))
+    monkeypatch.setattr("mbf.continual.atomic.sync", lambda path: synced.append(path.name))
     smollm2_folder(tmp_path)
     assert {"config.json", "model.safetensors", "sha256.json", "models"} <= {*synced}

@@ -23,7 +23,7 @@ from mbf.run.checkpoint import newest
 from mbf.run.config import MethodSpec, RunConfig
 from mbf.run.data import Collator
 from mbf.run.directory import COMPARISON, CellDirectory, RunDirectory, read_json, write_json
-from mbf.run.ledger import Learned, Ledger
+from mbf.run.ledger import AT_ONCE, Learned, Ledger
 from mbf.run.train import Trained, steps_of, train_task
 from mbf.run.workbench import Workbench
 
@@ -75,7 +75,7 @@ class Cell:
         self.config = bench.config
         self.tasks = bench.stream.orders[key.order]
         self.joint = methods.get(key.method.name).joint
-        self.rounds = [("all tasks", self.tasks)] if self.joint else [(name, (name,)) for name in self.tasks]
+        self.rounds = [(AT_ONCE, self.tasks)] if self.joint else [(name, (name,)) for name in self.tasks]
         self.processes = bench.processes
         self.ledger = self.processes.on_main(lambda: Ledger.read(self.directory.progress, self.tasks))
 

@@ -175,6 +175,7 @@ def cell(text: str) -> str:
     spans = line.split("`") if line.count("`") % 2 == 0 else [line.replace("`", "\\`")]
     for n in range(0, len(spans), 2):  # the others are code
         spans[n] = re.sub(r"([*_\[\]])", r"\\\1", spans[n]).replace("<", "&lt;").replace(">", "&gt;")
+        spans[n] = spans[n].replace("{", "&#123;")  # at the end of a cell it would be a list of attributes
     return "`".join(spans)
 
 

@@ -11,7 +11,7 @@ from typing import Any
 
 from common import AddRow, plain_parser, quartiles, run_script, table
 
-from mbf.run.bench import LEAST_ROUNDS
+from mbf.run.bench import LEAST_ROUNDS, order_of
 
 COLUMNS = ["case", "variant", "median_ms", "q1_ms", "q3_ms", "times_faster", "note", "rounds"]
 
@@ -42,7 +42,7 @@ class Times:
 
 
 def hold(contest: Contest, rounds: int, budget: float) -> Times | list[str]:
-    """Check every variant, then time them in rounds of rotating order; or what was wrong.
+    """Check every variant, then time them in rounds, in orders drawn anew; or what was wrong.
 
     Args:
         rounds: at most; a slow variant has a fifth, and each has three.
@@ -57,12 +57,12 @@ def hold(contest: Contest, rounds: int, budget: float) -> Times | list[str]:
     if problems:
         return problems
     times: dict[str, list[float]] = {name: [] for name in contest.calls}
-    names, began = list(times), perf_counter()
+    began = perf_counter()
     gc.collect()
     gc.disable()
     try:
         for n in range(rounds):
-            for name in names[n % len(names) :] + names[: n % len(names)]:
+            for name in order_of(times, n):
                 if name in contest.slow and len(times[name]) >= max(LEAST_ROUNDS, rounds // 5):
                     continue
                 start = perf_counter()

@@ -10,6 +10,7 @@ STABLE_TORCH_LIBRARY_IMPL(mbf, CompositeExplicitAutograd, m) {
 
 STABLE_TORCH_LIBRARY_IMPL(mbf, CPU, m) {
   m.impl("dropout_mask", TORCH_BOX(&mbf::cpu::dropout_mask));
+  m.impl("empty_like_all", TORCH_BOX(&mbf::cpu::empty_like_all));
   m.impl("frozen_linear", TORCH_BOX(&mbf::cpu::frozen_linear));
   m.impl("frozen_linear_backward", TORCH_BOX(&mbf::cpu::frozen_linear_backward));
   m.impl("lilora_accumulate", TORCH_BOX(&mbf::cpu::lilora_accumulate));

@@ -4,7 +4,6 @@
 
 #include <algorithm>
 
-#include "huge.h"
 #include "kernels.h"
 #include "lora/check.h"
 #include "lora/micro.h"
@@ -46,36 +45,39 @@ std::vector<linalg::Matrix> results_for(const std::vector<linalg::Matrix>& matri
                                         const char* op) {
   const auto found = matrices_of({op, "Q"}, Q);
   if (found.size() != matrices.size()) refuse({op, "Q"}, "must be as A is, matrix for matrix");
-  const char *begin = nullptr, *end = nullptr;  // of results that lie together
   for (size_t n = 0; n < found.size(); ++n) {
     const linalg::Matrix &A = matrices[n], &here = found[n];
     if (here.type != A.type || here.r != A.r || here.d != A.d) {
       refuse({op, "Q"}, std::to_string(n) + " must have the shape and dtype of its A");
     }
-    const char* data = static_cast<const char*>(here.data);
-    if (data != end) {
-      ask_for_huge_pages(begin, end);
-      begin = data;
-    }
-    end = data + here.r * here.d * element_size(here.type);
   }
-  ask_for_huge_pages(begin, end);
   return found;
 }
 
-Tensor orthonormal_rows(Tensors A, Tensors Q) {
+bool worth_streaming(const std::vector<linalg::Matrix>& results) {
+  constexpr int64_t kWorth = int64_t{1} << 23;  // bytes
+  int64_t bytes = 0;
+  for (const auto& matrix : results) bytes += matrix.r * matrix.d * element_size(matrix.type);
+  return bytes >= kWorth;
+}
+
+Tensors orthonormal_rows(Tensors A) {
+  const char* op = "orthonormal_rows";
   const Tensors from = packed(A);
-  const auto matrices = matrices_of({"orthonormal_rows", "A"}, from);
-  const auto bases = results_for(matrices, Q, "orthonormal_rows");
+  const auto matrices = matrices_of({op, "A"}, from);
+  Tensors out = empty_like_all(from);
+  const auto bases = results_for(matrices, out, op);
   const int64_t count = static_cast<int64_t>(matrices.size());
+  const bool past_caches = worth_streaming(bases);
   const Tensor status = empty({count}, ScalarType::Int);
   int32_t* found = static_cast<int32_t*>(status.mutable_data_ptr());
   for_each(count, [&](int64_t n) {
-    const linalg::Orthonormal rows(matrices[n]);
+    const linalg::Orthonormal rows(matrices[n], n + 1 < count ? &matrices[n + 1] : nullptr);
     found[n] = rows.status();
-    rows.write(const_cast<void*>(bases[n].data));
+    rows.write(const_cast<void*>(bases[n].data), past_caches);
   });
-  return status;
+  out.push_back(status);
+  return out;
 }
 
 }  // namespace mbf::cpu

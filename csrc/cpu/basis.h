@@ -16,8 +16,11 @@ std::vector<linalg::Matrix> matrices_of(Argument argument, const std::vector<Ten
 
 std::vector<Tensor> packed(const std::vector<Tensor>& tensors);
 
-// The matrices of Q, which are to be written: contiguous, as the matrices of A are, and best in one piece.
+// The matrices of Q, which are to be written: contiguous, as the matrices of A are.
 std::vector<linalg::Matrix> results_for(const std::vector<linalg::Matrix>& matrices, const std::vector<Tensor>& Q,
                                         const char* op);
+
+// Whether results are so many bytes that they would only push out of the caches what is still to be read.
+bool worth_streaming(const std::vector<linalg::Matrix>& results);
 
 }  // namespace mbf::cpu

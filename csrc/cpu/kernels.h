@@ -21,6 +21,8 @@ std::string cpu_kernels();
 
 Tensor dropout_mask(Tensor seed, std::vector<int64_t> shape, double p);
 
+Tensors empty_like_all(Tensors like);
+
 Tensor frozen_linear(Tensor x, Tensor weight, MaybeTensor bias);
 Tensor frozen_linear_backward(Tensor dy, Tensor weight);
 
@@ -33,7 +35,7 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> lilora_accumu
 void merge_(Tensors merged, Tensors finetuned, Tensor weight);
 Tensor merge_with_norms_(Tensors merged, Tensors finetuned, Tensor weight);
 
-Tensor orthonormal_rows(Tensors A, Tensors Q);
+Tensors orthonormal_rows(Tensors A);
 
 Tensors rsvd(Tensors matrices, Tensor seeds, int64_t rank, int64_t oversample, int64_t n_iter);
 Tensors svd_factors(Tensors B, Tensors A, int64_t rank);

@@ -10,6 +10,7 @@
 #include "lora/micro.h"
 #include "merge.h"
 #include "share.h"
+#include "stream.h"
 
 namespace mbf::cpu {
 namespace {
@@ -41,12 +42,13 @@ Tensor task_boundary_(Tensors merged_A, Tensors merged_B, Tensors Q, Tensors A, 
   const Tensor status = empty({2 * layers}, ScalarType::Int);
   int32_t* found = static_cast<int32_t*>(status.mutable_data_ptr());
 
+  const bool past_caches = worth_streaming(bases);
   std::vector<char> finite(pieces);
   for_each(layers + pieces, [&](int64_t n) {
     if (n < layers) {
-      const linalg::Orthonormal rows(matrices[n]);
+      const linalg::Orthonormal rows(matrices[n], n + 1 < layers ? &matrices[n + 1] : nullptr);
       found[n] = rows.status();
-      rows.write(const_cast<void*>(bases[n].data));
+      rows.write(const_cast<void*>(bases[n].data), past_caches);
     } else {
       finite[n - layers] = merge.finite(n - layers);
     }
@@ -56,10 +58,17 @@ Tensor task_boundary_(Tensors merged_A, Tensors merged_B, Tensors Q, Tensors A, 
     if (!finite[n]) found[layers + merge.pair_of(n)] = linalg::kNotFinite;
   }
   if (std::find(found, found + 2 * layers, linalg::kNotFinite) == found + 2 * layers) {
-    for_each(layers + pieces, [&](int64_t n) {
+    for_each(layers + pieces, [&](int64_t k) {
+      const int64_t n = layers + pieces - 1 - k;  // what was read last is still in the caches
       if (n >= layers) return merge.run(n - layers);
       if (void* place = place_of(merged_A[n], from[n])) {
-        std::memmove(place, matrices[n].data, from[n].numel() * element_size(matrices[n].type));
+        const int64_t bytes = from[n].numel() * element_size(matrices[n].type);
+        if (past_caches) {
+          stream(matrices[n].data, bytes, place);
+          streamed();
+        } else {
+          std::memcpy(place, matrices[n].data, bytes);
+        }
       }
     });
     merge.finish();

@@ -9,7 +9,8 @@ imports triton or needs a compiler.
 from __future__ import annotations
 
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from types import TracebackType
 from typing import Any, Literal, NamedTuple
@@ -103,6 +104,30 @@ def _refusing(schema: str) -> Callable[..., Any]:
         raise TypeError(f"mbf::{schema.split('(', 1)[0]}: a tensor without strides; pass its to_dense()")
 
     return refuse
+
+
+def native_serves(*lists: Sequence[Any]) -> bool:
+    """Whether the compiled kernels get these lists, tensors of the CPU throughout.
+
+    They look at every dtype, shape and stride themselves before they write anything. So the faces of operators that
+    take hundreds of tensors look for what is wrong only once a kernel has refused.
+    """
+    if not _native.loaded or reference_only() or torch.compiler.is_compiling():
+        return False
+    return all([type(tensor) in _PLAIN and tensor.is_cpu for tensors in lists for tensor in tensors])
+
+
+@contextmanager
+def refusals(check: Callable[[], None]) -> Iterator[None]:
+    """Where a kernel refuses its arguments, ``check`` says why; the kernel's own words are what is left otherwise."""
+    try:
+        yield
+    except (RuntimeError, TypeError):
+        check()
+        raise
+
+
+_PLAIN = (torch.Tensor, torch.nn.Parameter)  # other classes may have kernels of their own
 
 
 def reference_only() -> bool:

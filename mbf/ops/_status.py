@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 import torch
 from torch import Tensor
@@ -18,21 +18,21 @@ def status_of(*stacks: Sequence[Tensor]) -> Tensor:
     return torch.where(torch.stack(finite).all(0), DONE, NOT_FINITE).to(torch.int32)
 
 
-def given_up(status: Tensor, stacks: Sequence[Tensor], names: Sequence[str]) -> list[tuple[int, int]]:
+def given_up(status: Tensor, stacks: Sequence[Tensor], name: Callable[[int], str]) -> list[tuple[int, int]]:
     """Read the ``status`` of every matrix of ``stacks [..., r, d]``: which to compute anew, as the places of the stack
     and of the matrix in it.
 
     Raises:
         ValueError: a matrix is not finite; the message has the stack's name.
     """
-    if not status.any():
+    codes = status.tolist()
+    if not any(codes):
         return []
-    codes = iter(status.tolist())
-    found = []
+    rest, found = iter(codes), []
     for n, stack in enumerate(stacks):
-        here = [next(codes) for _ in range(stack.shape[:-2].numel())]
+        here = [next(rest) for _ in range(stack.shape[:-2].numel())]
         if NOT_FINITE in here:
-            raise ValueError(NOT_FINITE_MESSAGE.format(names[n]))
+            raise ValueError(NOT_FINITE_MESSAGE.format(name(n)))
         found += [(n, place) for place, code in enumerate(here) if code == GIVEN_UP]
     return found
 

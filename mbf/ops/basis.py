@@ -2,17 +2,18 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import overload
 
 import torch
 from torch import Tensor
 
-from mbf.ops._fresh import empty_like_all
-from mbf.ops._gpu import in_cuda
+from mbf.ops._cuda import library
+from mbf.ops._gpu import with_cuda
 from mbf.ops._inputs import by_device, check_matrix
-from mbf.ops._library import define, reference_only
+from mbf.ops._library import define, native_serves, reference_only, refusals
 from mbf.ops._status import given_up, matrix_at, status_of
+from mbf.ops.empty_like_all import empty_like_all_ref
 
 
 def orthonormal_rows_ref(A: Tensor) -> Tensor:
@@ -56,18 +57,21 @@ def _complete(rows: Tensor) -> Tensor:
     return Q
 
 
-def _operator_ref(A: Sequence[Tensor], Q: Sequence[Tensor]) -> Tensor:
-    for matrix, basis in zip(A, Q, strict=True):
-        basis.copy_(orthonormal_rows_ref(matrix))
-    return status_of(A)
+def _operator_ref(A: Sequence[Tensor]) -> list[Tensor]:
+    return [*(orthonormal_rows_ref(matrix) for matrix in A), status_of(A)]
 
 
-def _fake(A: Sequence[Tensor], Q: Sequence[Tensor]) -> Tensor:
-    return A[0].new_empty(sum(matrix.shape[:-2].numel() for matrix in A), dtype=torch.int32)
+def _fake(A: Sequence[Tensor]) -> list[Tensor]:
+    return [*empty_like_all_ref(A), A[0].new_empty(sum(t.shape[:-2].numel() for t in A), dtype=torch.int32)]
 
 
-# Writes Q for every A into contiguous tensors that the caller makes; gives the status of every matrix.
-define("orthonormal_rows(Tensor[] A, Tensor(a!)[] Q) -> Tensor", _operator_ref, _fake, cuda=in_cuda("orthonormal_rows"))
+def _cuda(A: Sequence[Tensor]) -> list[Tensor]:
+    Q = empty_like_all_ref(A)
+    return [*Q, library().orthonormal_rows(A, Q)]
+
+
+# Q of every A, and in the end the status of every matrix.
+define("orthonormal_rows(Tensor[] A) -> Tensor[]", _operator_ref, _fake, cuda=with_cuda(_cuda))
 
 
 @overload
@@ -99,23 +103,33 @@ def orthonormal_rows(A: Tensor | Sequence[Tensor]) -> Tensor | list[Tensor]:
         ValueError: for less than a matrix, r > d, NaN or infinity, with the index in the list.
     """
     if isinstance(A, Tensor):
-        return _orthonormal_rows([A], ["A"])[0]
+        return _orthonormal_rows([A], lambda n: "A")[0]
     if not isinstance(A, (list, tuple)):
         raise TypeError(f"A: got {type(A).__name__}; pass a tensor or a list of tensors")
-    return _orthonormal_rows(list(A), [f"A[{n}]" for n in range(len(A))])
+    return _orthonormal_rows(list(A), lambda n: f"A[{n}]")
 
 
-def _orthonormal_rows(A: list[Tensor], names: list[str]) -> list[Tensor]:
-    for matrix, name in zip(A, names, strict=True):
-        check_rows(matrix, name)
+def _orthonormal_rows(A: list[Tensor], name: Callable[[int], str]) -> list[Tensor]:
+    def check() -> None:
+        for n, matrix in enumerate(A):
+            check_rows(matrix, name(n))
+
+    if native_serves(A):
+        with refusals(check):
+            return _on_one_device(A, name) if A else []
+    check()
     found: dict[int, Tensor] = {}
     for here in by_device(A):
-        matrices = [A[n].detach() for n in here]
-        Q = empty_like_all(matrices)
-        status = (_operator_ref if reference_only() else torch.ops.mbf.orthonormal_rows.default)(matrices, Q)
-        settle(matrices, Q, status, [names[n] for n in here])
+        Q = _on_one_device([A[n] for n in here], lambda n, here=here: name(here[n]))
         found.update(zip(here, Q, strict=True))
     return [found[n] for n in range(len(A))]
+
+
+def _on_one_device(A: list[Tensor], name: Callable[[int], str]) -> list[Tensor]:
+    with torch.no_grad():
+        *Q, status = _operator_ref(A) if reference_only() else torch.ops.mbf.orthonormal_rows.default(A)
+        settle(A, Q, status, name)
+    return Q
 
 
 def check_rows(matrix: Tensor, name: str) -> None:
@@ -126,8 +140,8 @@ def check_rows(matrix: Tensor, name: str) -> None:
         raise ValueError(f"{name}: has shape {tuple(matrix.shape)}; only 1 ≤ r ≤ d rows can be orthonormal, r is {r}")
 
 
-def settle(A: Sequence[Tensor], Q: Sequence[Tensor], status: Tensor, names: Sequence[str]) -> None:
+def settle(A: Sequence[Tensor], Q: Sequence[Tensor], status: Tensor, name: Callable[[int], str]) -> None:
     """Read the ``status`` of every matrix: raise ValueError for what isn't finite, and write into Q what a kernel gave
     up."""
-    for n, place in given_up(status, A, names):
+    for n, place in given_up(status, A, name):
         matrix_at(Q[n], place).copy_(orthonormal_rows_ref(matrix_at(A[n], place)))  # Q is contiguous: a view

@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 from mbf.ops._gpu import in_cuda
 from mbf.ops._inputs import FLOATS, by_device, check_dense, check_floating, finite
-from mbf.ops._library import define, reference_only
+from mbf.ops._library import define, native_serves, reference_only, refusals
 from mbf.ops._overlap import check_apart
 
 
@@ -97,12 +97,17 @@ def merge_(
         ValueError: when lengths, shapes or devices differ, tensors share memory as they may not, or λ is not 0-d or not
             finite. Nothing is changed then.
     """
-    check_pairs(merged, finetuned)
-    check_apart(merged, finetuned)
+
+    def check() -> None:
+        check_pairs(merged, finetuned)
+
+    if not go_together(merged, finetuned) or not native_serves(merged, finetuned):
+        check()
     weight = weight_tensor(weight)
-    groups = by_device(merged)
     squares: list[Tensor] = []
-    with torch.no_grad():
+    with refusals(check), torch.no_grad():
+        check_apart(merged, finetuned)
+        groups = by_device(merged)
         for here in groups:
             pairs = [merged[n] for n in here], [finetuned[n] for n in here]
             found = _operator(norms)(*pairs, weight.to(merged[here[0]].device))
@@ -159,9 +164,7 @@ def check_pairs(
 
 
 def _fit(merged: Sequence[Tensor], finetuned: Sequence[Tensor]) -> bool:
-    if not _is_list(merged) or not _is_list(finetuned) or len(merged) != len(finetuned):
-        return False
-    return all(
+    return go_together(merged, finetuned) and all(
         isinstance(M, Tensor)
         and isinstance(F, Tensor)
         and M.dtype in FLOATS
@@ -171,6 +174,11 @@ def _fit(merged: Sequence[Tensor], finetuned: Sequence[Tensor]) -> bool:
         and M.layout is F.layout is torch.strided
         for M, F in zip(merged, finetuned, strict=True)
     )
+
+
+def go_together(*lists: Sequence[Tensor]) -> bool:
+    """Whether these are lists of one length; a tensor is none, though it can be counted out."""
+    return all(map(_is_list, lists)) and len(set(map(len, lists))) == 1
 
 
 def _is_list(tensors: Sequence[Tensor]) -> bool:

@@ -7,14 +7,14 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from mbf.ops._fresh import empty_like_all
 from mbf.ops._gpu import in_cuda
 from mbf.ops._inputs import by_device
-from mbf.ops._library import define, reference_only
+from mbf.ops._library import define, native_serves, reference_only, refusals
 from mbf.ops._overlap import check_apart
 from mbf.ops._status import DONE, NOT_FINITE, NOT_FINITE_MESSAGE, given_up
 from mbf.ops.basis import check_rows, orthonormal_rows_ref, settle
-from mbf.ops.merge import check_pairs, merge_ref_, weight_tensor, written
+from mbf.ops.empty_like_all import empty_like_all
+from mbf.ops.merge import check_pairs, go_together, merge_ref_, weight_tensor, written
 
 Pairs = tuple[Sequence[Tensor], Sequence[Tensor]]
 
@@ -82,28 +82,44 @@ def task_boundary_(merged: Pairs, finetuned: Pairs, weight: float | Tensor) -> l
             finite, or a fine-tuned tensor holds NaN or infinity. Nothing is changed then.
     """
     (merged_A, merged_B), (A, B) = _two_lists(merged, "merged"), _two_lists(finetuned, "finetuned")
-    check_pairs(merged_A, A, ("A of merged", "A of finetuned"))
-    check_pairs(merged_B, B, ("B of merged", "B of finetuned"))
-    check_apart([*merged_A, *merged_B], [*A, *B])
-    _check_layers(A, B)
+
+    def check() -> None:
+        check_pairs(merged_A, A, ("A of merged", "A of finetuned"))
+        check_pairs(merged_B, B, ("B of merged", "B of finetuned"))
+        _check_layers(A, B)
+
+    lists = (merged_A, merged_B, A, B)
+    served = go_together(*lists) and native_serves(*lists)
+    if not served:
+        check()
     weight = weight_tensor(weight)
-    groups = by_device(A)
-    if len(groups) > 1:
-        _check_finite(A, B)
-    found: dict[int, Tensor] = {}
-    with torch.no_grad():
+    with refusals(check), torch.no_grad():
+        check_apart([*merged_A, *merged_B], [*A, *B])
+        Q = empty_like_all(A)
+        groups = [range(len(A))] if served and A else by_device(A)
+        if len(groups) > 1:
+            _check_finite(A, B)
         for here in groups:
-            M_A, M_B, A_ft, B_ft = ([tensors[n] for n in here] for tensors in (merged_A, merged_B, A, B))
-            Q = empty_like_all(A_ft)
-            operator = task_boundary_ref_ if reference_only() else torch.ops.mbf.task_boundary_.default
-            status = operator(M_A, M_B, Q, A_ft, B_ft, weight.to(Q[0].device))
-            if status.any():
-                of_A, of_B = status.view(2, -1)
-                settle(A_ft, Q, of_A, [f"A[{n}] of finetuned" for n in here])
-                given_up(of_B, B_ft, [f"B[{n}] of finetuned" for n in here])
-            found.update(zip(here, Q, strict=True))
+            _on_one_device(*([tensors[n] for n in here] for tensors in (merged_A, merged_B, Q, A, B)), weight, here)
     written([*merged_A, *merged_B])
-    return [found[n] for n in range(len(A))]
+    return Q
+
+
+def _on_one_device(
+    merged_A: list[Tensor],
+    merged_B: list[Tensor],
+    Q: list[Tensor],
+    A: list[Tensor],
+    B: list[Tensor],
+    weight: Tensor,
+    places: Sequence[int],
+) -> None:
+    """``task_boundary_ref_`` by the fastest kernel; Q, too, has what that gave up. ``places`` of all are for errors."""
+    operator = task_boundary_ref_ if reference_only() else torch.ops.mbf.task_boundary_.default
+    status = operator(merged_A, merged_B, Q, A, B, weight.to(Q[0].device))
+    of_A, of_B = status.view(2, -1)
+    settle(A, Q, of_A, lambda n: f"A[{places[n]}] of finetuned")
+    given_up(of_B, B, lambda n: f"B[{places[n]}] of finetuned")
 
 
 def _two_lists(pairs: Pairs, name: str) -> Pairs:

@@ -8,8 +8,9 @@ from __future__ import annotations
 import gc
 import math
 import os
+import random
 import re
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import partial
@@ -88,7 +89,7 @@ def bench(
         rank: of every layer; by default 16, or what ``RANKS`` has for the shape.
         tokens: rows of x.
         dtype: of W and x, a key of ``DTYPES``; A and B are fp32, as PEFT makes them.
-        rounds: samples of each variant at most, interleaved in rotating order.
+        rounds: samples of each variant at most, interleaved in an order drawn for every round.
         threads: for the length of the call; by default torch's number.
         started: called with each case before it is checked.
 
@@ -225,19 +226,26 @@ def rounds_within(budget: float, one_round: float, wanted: int) -> int:
     return min(wanted, max(LEAST_ROUNDS, int(budget / one_round)))
 
 
+def order_of(names: Iterable[str], n: int) -> list[str]:
+    """The order of round ``n``, drawn anew for every round and the same in every run.
+
+    So each variant follows every other about as often: what one leaves behind, caches and freed memory that the system
+    clears once more for the next, falls on all alike. In a rotation it would always fall on the same.
+    """
+    return random.Random(n).sample(list(names), len(names))
+
+
 def interleave(
     variants: Mapping[str, Callable[[], tuple[float, ...]]], rounds: int, refresh: Callable[[], Any]
 ) -> dict[str, list[tuple[float, ...]]]:
-    """Run every variant once a round, in an order that is rotated from round to round, after ``refresh``."""
-    names = list(variants)
-    found: dict[str, list[tuple[float, ...]]] = {name: [] for name in names}
+    """Run every variant once a round, in the order of ``order_of``, after ``refresh``."""
+    found: dict[str, list[tuple[float, ...]]] = {name: [] for name in variants}
     gc.collect()
     gc.freeze()
     try:
         for n in range(rounds):
             refresh()
-            for k in range(len(names)):
-                name = names[(n + k) % len(names)]
+            for name in order_of(variants, n):
                 found[name].append(variants[name]())
     finally:
         gc.unfreeze()

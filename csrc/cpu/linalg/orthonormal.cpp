@@ -7,6 +7,7 @@
 
 #include "../lora/micro.h"
 #include "../simd.h"
+#include "../stream.h"
 #include "cholesky.h"
 #include "finite.h"
 
@@ -15,7 +16,7 @@ namespace {
 
 constexpr int64_t kBlock = 32768;  // numbers of a block of columns in fp64: 256 KiB, for the second-level cache
 constexpr int64_t kPanel = 4;      // rows of a triangle that are taken as a rectangle
-constexpr int64_t kGramPanel = 6;  // the same of a Gram matrix
+constexpr int64_t kSlab = 240;     // columns of Q in fp32 or less that are made at a time: whole tiles and lines
 constexpr double kOneRound = 3e3;  // the condition up to which one round leaves Q Qᵀ − I below 1e-8
 constexpr double kInFloats = 2;    // the length of L⁻¹'s rows up to which Q = L⁻¹ A loses nothing in fp32
 constexpr double kFloatLengths[2] = {1e-30, 1e30};  // of rows whose inverses fp32 holds to its last place
@@ -47,7 +48,7 @@ struct Memory {
     }
     if (memory.width < std::max(r, padded(columns))) {
       memory.width = std::max(r, padded(columns));
-      memory.panel = Scratch<double>(kGramPanel * memory.width);
+      memory.panel = Scratch<double>(kPanel * memory.width);
       memory.row = Scratch<float>(memory.width);
     }
     return memory;
@@ -114,36 +115,6 @@ void store(const double* from, int64_t ld, const Matrix& A, int64_t first, int64
   }
 }
 
-// gram += X Xᵀ, the triangle below the diagonal and a little more.
-void add_gram(const double* X, int64_t r, int64_t ld, Memory& memory, double* gram) {
-  double* sums = memory.panel.get();
-  for (int64_t first = 0; first < r; first += kGramPanel) {
-    const int64_t rows = std::min(kGramPanel, r - first), columns = std::min(r, (first + rows + 3) / 4 * 4);
-    const Rows panel{const_cast<double*>(X) + first * ld, ScalarType::Double, ld};
-    micro<double>().project(panel, rows, ld, X, ld, columns, {}, sums);
-    for (int64_t t = 0; t < rows; ++t) {
-      for (int64_t j = 0; j < columns; ++j) gram[(first + t) * r + j] += sums[t * columns + j];
-    }
-  }
-}
-
-// The same from rows in fp32, padded with zeros: products of kFloatDepth numbers are summed in fp32, and these sums in
-// fp64. So the rounding errors of a sum of many products stay apart, and it is good to about 1e-8 of the lengths.
-void add_gram(const float* X, int64_t r, int64_t columns, int64_t ld, Memory& memory, double* gram) {
-  float* sums = reinterpret_cast<float*>(memory.panel.get());
-  for (int64_t from = 0; from < columns; from += kFloatDepth) {
-    const int64_t depth = std::min(kFloatDepth, columns - from);
-    for (int64_t first = 0; first < r; first += kGramPanel) {
-      const int64_t rows = std::min(kGramPanel, r - first), some = std::min(r, (first + rows + 3) / 4 * 4);
-      const Rows panel{const_cast<float*>(X) + first * ld + from, ScalarType::Float, ld};
-      micro<float>().project(panel, rows, depth, X + from, ld, some, {}, sums);
-      for (int64_t t = 0; t < rows; ++t) {
-        for (int64_t j = 0; j < some; ++j) gram[(first + t) * r + j] += sums[t * some + j];
-      }
-    }
-  }
-}
-
 // Y = T X for a lower triangle T [r, r].
 void apply(const double* T, const double* X, int64_t r, int64_t ld, Memory& memory, double* Y) {
   double* factors = memory.panel.get();
@@ -154,29 +125,59 @@ void apply(const double* T, const double* X, int64_t r, int64_t ld, Memory& memo
   }
 }
 
-// Columns `first` .. of A in fp32 as rows of padded(columns) numbers, the last ones zero.
-const float* floats(const Matrix& A, int64_t first, int64_t columns, Memory& memory) {
+// Columns `first` .. of A in fp32 as rows of padded(columns) numbers, the last ones zero; calls use(column, columns) of
+// every kFloatDepth of them, and a last few more, as soon as they are there.
+template <typename Use>
+const float* floats(const Matrix& A, int64_t first, int64_t columns, Memory& memory, const Use& use) {
   const int64_t ld = padded(columns);
   float* rows = reinterpret_cast<float*>(memory.blocks[0].get());
-  for (int64_t t = 0; t < A.r; ++t) {
-    micro<float>().widen(element(A, t, first), A.type, columns, rows + t * ld);
-    std::fill(rows + t * ld + columns, rows + (t + 1) * ld, 0.0f);
+  for (int64_t from = 0; from < columns; from += kFloatDepth) {
+    const int64_t some = std::min(kFloatDepth, columns - from), end = from + some;
+    for (int64_t t = 0; t < A.r; ++t) {
+      micro<float>().widen(element(A, t, first + from), A.type, some, rows + t * ld + from);
+      if (end == columns) std::fill(rows + t * ld + end, rows + (t + 1) * ld, 0.0f);
+    }
+    use(from, end == columns ? ld - from : some);
   }
   return rows;
 }
 
-// The same in fp32 for columns of A, where Q lies.
+// The columns of a matrix from one on, as what is read next.
+Ahead ahead_of(const Matrix& A, int64_t column) {
+  const int64_t size = element_size(A.type);
+  return {element(A, 0, column), A.d * size, A.r, size};
+}
+
+// A lower triangle [r, r] in fp32, panel by panel: rows of as many numbers as the panel is deep.
+std::vector<float> in_panels(const std::vector<double>& T, int64_t r) {
+  std::vector<float> out;
+  for (int64_t first = 0; first < r; first += kPanel) {
+    const int64_t rows = std::min(kPanel, r - first), depth = first + rows;
+    for (int64_t t = first; t < first + rows; ++t) out.insert(out.end(), &T[t * r], &T[t * r] + depth);
+  }
+  return out;
+}
+
+// Q = T rows for columns of A, where Q lies; T as in_panels gives it. Streamed, Q goes past the caches.
 void apply_in_floats(const std::vector<float>& T, const float* rows, const Matrix& A, int64_t first, int64_t columns,
-                     Memory& memory, void* Q) {
+                     void* Q, bool streamed) {
   const Micro<float>& loops = micro<float>();
-  const int64_t ld = padded(columns);
-  float* factors = reinterpret_cast<float*>(memory.panel.get());
-  const int64_t begin = element(A, 0, first) - static_cast<const char*>(A.data);
-  for (int64_t panel = 0; panel < A.r; panel += kPanel) {
-    const int64_t some = std::min(kPanel, A.r - panel), depth = panel + some;
-    for (int64_t t = 0; t < some; ++t) std::copy_n(T.data() + (panel + t) * A.r, depth, factors + t * depth);
-    const Rows out{static_cast<char*>(Q) + begin + panel * A.d * element_size(A.type), A.type, A.d};
-    loops.expand(out, some, columns, factors, depth, rows, ld, {}, false);
+  const int64_t ld = padded(columns), size = element_size(A.type);
+  alignas(64) char made[kPanel * kSlab * sizeof(float)];
+  for (int64_t c = 0; c < columns; c += kSlab) {
+    const int64_t width = std::min(kSlab, columns - c);
+    const float* factors = T.data();
+    char* to = static_cast<char*>(Q) + (element(A, 0, first + c) - static_cast<const char*>(A.data));
+    for (int64_t panel = 0; panel < A.r; panel += kPanel) {
+      const int64_t some = std::min(kPanel, A.r - panel), depth = panel + some;
+      const Rows out = streamed ? Rows{made, A.type, kSlab} : Rows{to, A.type, A.d};
+      loops.expand(out, some, width, factors, depth, rows + c, ld, {}, false);
+      for (int64_t t = 0; streamed && t < some; ++t) {
+        stream(made + t * kSlab * size, width * size, to + t * A.d * size);
+      }
+      factors += some * depth;
+      to += some * A.d * size;
+    }
   }
 }
 
@@ -200,12 +201,12 @@ void in_blocks(const Matrix& A, const std::vector<double>& T, const std::vector<
 
 }  // namespace
 
-Orthonormal::Orthonormal(Matrix A) : A_(A), length_(A.r) {
-  if (A.type != ScalarType::Double && try_in_floats()) return;
+Orthonormal::Orthonormal(const Matrix& A, const Matrix* next) : A_(A), length_(A.r) {
+  if (A.type != ScalarType::Double && try_in_floats(next)) return;
   const int64_t r = A.r;
   std::vector<double> gram(r * r);
-  const auto measure = [&](int64_t, int64_t, const double* X, int64_t ld, Memory& memory) {
-    add_gram(X, r, ld, memory, gram.data());
+  const auto measure = [&](int64_t, int64_t, const double* X, int64_t ld, Memory&) {
+    micro<double>().gram(X, r, ld, ld, {}, gram.data());
   };
   in_blocks(A, {}, {}, measure);
   for (int64_t i = 0; i < r; ++i) {
@@ -224,7 +225,7 @@ Orthonormal::Orthonormal(Matrix A) : A_(A), length_(A.r) {
   if (A.type != ScalarType::Double && condition <= kOneRound) {
     const auto [least, most] = std::minmax_element(length_.begin(), length_.end());
     if (longest <= kInFloats && *least >= kFloatLengths[0] && *most <= kFloatLengths[1]) {
-      in_floats_.assign(inverse_[0].begin(), inverse_[0].end());
+      in_floats_ = in_panels(inverse_[0], r);
     }
     return;
   }
@@ -261,15 +262,25 @@ void Orthonormal::fold_lengths() {
   }
 }
 
-bool Orthonormal::try_in_floats() {
+// Products of kFloatDepth numbers are summed in fp32, and these sums in fp64. So the rounding errors of a sum of many
+// products stay apart, and it is good to about 1e-8 of the lengths.
+bool Orthonormal::try_in_floats(const Matrix* next) {
   const int64_t r = A_.r, most = float_columns(r);
   std::vector<double> gram(r * r);
   Memory& memory = Memory::of(r);
   const float* rows = nullptr;
   for (int64_t first = 0; first < A_.d; first += most) {
-    const int64_t columns = std::min(most, A_.d - first);
-    rows = floats(A_, first, columns, memory);
-    add_gram(rows, r, columns, padded(columns), memory, gram.data());
+    const int64_t columns = std::min(most, A_.d - first), ld = padded(columns);
+    const float* here = reinterpret_cast<const float*>(memory.blocks[0].get());
+    rows = floats(A_, first, columns, memory, [&](int64_t from, int64_t some) {
+      Ahead ahead;
+      if (first + from + kFloatDepth < A_.d) {
+        ahead = ahead_of(A_, first + from + kFloatDepth);
+      } else if (next != nullptr) {
+        ahead = ahead_of(*next, 0);
+      }
+      micro<float>().gram(here + from, r, some, ld, ahead, gram.data());
+    });
   }
   for (int64_t i = 0; i < r; ++i) {
     const double square = gram[i * r + i];
@@ -282,7 +293,7 @@ bool Orthonormal::try_in_floats() {
     return false;
   }
   fold_lengths();
-  in_floats_.assign(inverse_[0].begin(), inverse_[0].end());
+  in_floats_ = in_panels(inverse_[0], r);
   if (A_.d <= most) rows_ = rows;
   return true;
 }
@@ -295,7 +306,7 @@ double Orthonormal::factor_round(std::vector<double>& gram, int round) {
   return condition;
 }
 
-void Orthonormal::write(void* Q) const {
+void Orthonormal::write(void* Q, bool past_caches) const {
   if (status_ != kDone) return fill_nan(Q, A_.type, A_.r * A_.d);
   if (in_floats_.empty()) {
     in_blocks(A_, inverse_[0], inverse_[1],
@@ -308,9 +319,10 @@ void Orthonormal::write(void* Q) const {
   const int64_t most = float_columns(A_.r);
   for (int64_t first = 0; first < A_.d; first += most) {
     const int64_t columns = std::min(most, A_.d - first);
-    const float* rows = rows_ != nullptr ? rows_ : floats(A_, first, columns, memory);
-    apply_in_floats(in_floats_, rows, A_, first, columns, memory, Q);
+    const float* rows = rows_ != nullptr ? rows_ : floats(A_, first, columns, memory, [](int64_t, int64_t) {});
+    apply_in_floats(in_floats_, rows, A_, first, columns, Q, past_caches);
   }
+  if (past_caches) streamed();
 }
 
 void Orthonormal::write_factor(double* L) const {  // of A = diag(length) L₁ L₂ Q

@@ -31,18 +31,19 @@ struct Matrix {
 // One matrix on its way. Serial; scratch memory is the thread's own.
 class Orthonormal {
  public:
-  explicit Orthonormal(Matrix A);  // reads it
+  // Reads A, and in the end fetches the beginning of what is read next, where that is known.
+  explicit Orthonormal(const Matrix& A, const Matrix* next = nullptr);
 
   Status status() const { return status_; }
 
-  // Q in A's dtype, NaN where the status isn't kDone.
-  void write(void* Q) const;
+  // Q in A's dtype, NaN where the status isn't kDone; `past_caches` where nobody reads it soon.
+  void write(void* Q, bool past_caches = false) const;
 
   // L [r, r], of A = L Q. Needs fp64 and the status kDone.
   void write_factor(double* L) const;
 
  private:
-  bool try_in_floats();  // false, and nothing has happened, unless the rows are far from dependent
+  bool try_in_floats(const Matrix* next);  // false, and nothing has happened, unless the rows are far from dependent
   double factor_round(std::vector<double>& gram, int round);
   void scale_to_unit(std::vector<double>& gram) const;
   double longest_row() const;
@@ -51,7 +52,7 @@ class Orthonormal {
   Matrix A_;
   Status status_ = kDone;
   std::vector<double> length_;      // of the rows
-  std::vector<float> in_floats_;    // L⁻¹ where fp32 does for Q
+  std::vector<float> in_floats_;    // L⁻¹ in panels where fp32 does for Q
   const float* rows_ = nullptr;     // A in fp32 in the thread's scratch memory, if it is still there as a whole
   std::vector<double> upper_[2];    // Lᵀ of both rounds
   std::vector<double> inverse_[2];  // L⁻¹ of both rounds, the lengths folded into the first; the second may be empty

@@ -30,6 +30,22 @@ struct Mask {
   int64_t ld = 0;
 };
 
+// Rows that will be read next, to be fetched meanwhile.
+struct Ahead {
+  const char* next = nullptr;
+  int64_t stride = 0, rows = 0;  // bytes from row to row, and how many are left
+  int64_t size = 0;              // bytes of an element
+
+  // One row more, or where there is none, memory that is in the caches anyway.
+  const char* take(const char* otherwise) {
+    if (rows == 0) return otherwise;
+    const char* row = next;
+    next += stride;
+    --rows;
+    return row;
+  }
+};
+
 template <typename C>
 struct Micro {
   int64_t lanes;  // packed rows are zero-padded to a multiple of it
@@ -43,6 +59,9 @@ struct Micro {
 
   // g[j, :] (+)= Σ_t z[t, j] keep(t, :) ⊙ x[t, :]. `add` false overwrites g.
   void (*outer)(Rows x, int64_t rows, int64_t columns, const C* z, int64_t r, Mask mask, C* g, int64_t ldg, bool add);
+
+  // g[i, j] += Σ_k x[i, k] x[j, k] for j ≤ i < r, and some above the diagonal; columns a multiple of lanes.
+  void (*gram)(const C* x, int64_t r, int64_t columns, int64_t ld, Ahead ahead, double* g);
 
   // c [rows, columns] = a [rows, depth] b [depth, columns], columns a multiple of lanes.
   void (*thin)(const C* a, int64_t lda, int64_t rows, int64_t depth, const C* b, int64_t columns, C* c);

@@ -46,11 +46,26 @@ inline Tensor transposed(const Tensor& matrix) {
   return viewed(matrix, 0, matrix.size(1), matrix.size(0), matrix.stride(1), matrix.stride(0));
 }
 
-inline Tensor empty(const int64_t* sizes, int64_t axes, ScalarType type) {
+inline std::vector<int64_t> contiguous_strides(const int64_t* sizes, int64_t axes) {
   std::vector<int64_t> strides(axes, 1);
   for (int64_t axis = axes - 1; axis > 0; --axis) {
     strides[axis - 1] = strides[axis] * std::max<int64_t>(sizes[axis], 1);
   }
+  return strides;
+}
+
+// The contiguous tensor of this shape that begins `offset` elements after `memory` does.
+inline Tensor part_of(const Tensor& memory, int64_t offset, const std::vector<int64_t>& shape) {
+  const int64_t axes = static_cast<int64_t>(shape.size());
+  const auto strides = contiguous_strides(shape.data(), axes);
+  AtenTensorHandle out = nullptr;
+  STABLE_TORCH_ERROR_CODE_CHECK(
+      aoti_torch__reinterpret_tensor(memory.get(), axes, shape.data(), strides.data(), offset, &out));
+  return Tensor(out);
+}
+
+inline Tensor empty(const int64_t* sizes, int64_t axes, ScalarType type) {
+  const auto strides = contiguous_strides(sizes, axes);
   const int32_t code = torch::stable::detail::to<int32_t>(torch::stable::detail::from(type));
   AtenTensorHandle out = nullptr;
   STABLE_TORCH_ERROR_CODE_CHECK(

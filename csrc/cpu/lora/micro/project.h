@@ -113,7 +113,12 @@ __attribute__((noinline)) void dot_ranks(const T* x, int64_t ldx, int64_t rows, 
       dot_tile<C, T, 3, J>(x + t * ldx + i, ldx, width, a + i, lda, {mask.bits, mask.first + t * mask.ld + i, mask.ld},
                            h + t * ldh, ldh, add || i > 0);
     }
-    for (; t < rows; ++t) {
+    if (t + 2 <= rows) {
+      dot_tile<C, T, 2, J>(x + t * ldx + i, ldx, width, a + i, lda, {mask.bits, mask.first + t * mask.ld + i, mask.ld},
+                           h + t * ldh, ldh, add || i > 0);
+      t += 2;
+    }
+    if (t < rows) {
       dot_tile<C, T, 1, J>(x + t * ldx + i, ldx, width, a + i, lda, {mask.bits, mask.first + t * mask.ld + i, mask.ld},
                            h + t * ldh, ldh, add || i > 0);
     }

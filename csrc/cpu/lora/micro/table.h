@@ -10,6 +10,7 @@
 
 #include "activation.h"
 #include "expand.h"
+#include "gram.h"
 #include "outer.h"
 #include "philox.h"
 #include "project.h"
@@ -78,9 +79,9 @@ void add(const void* y, ScalarType type, const C* v, C factor, int64_t n, void* 
 
 template <typename C>
 const Micro<C>& micro() {
-  static constexpr Micro<C> table = {kLanes<C>,      project<C>, expand<C>, outer<C>, thin<C>,
-                                     mask_bits,      widen<C>,   narrow<C>, gated<C>, gated_backward<C>,
-                                     keep_scaled<C>, turn<C>,    add<C>};
+  static constexpr Micro<C> table = {kLanes<C>,         project<C>,     expand<C>, outer<C>,  gram<C>,
+                                     thin<C>,           mask_bits,      widen<C>,  narrow<C>, gated<C>,
+                                     gated_backward<C>, keep_scaled<C>, turn<C>,   add<C>};
   return table;
 }
 

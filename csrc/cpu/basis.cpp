@@ -37,7 +37,8 @@ std::vector<linalg::Matrix> matrices_of(Argument argument, const std::vector<Ten
 
 std::vector<Tensor> packed(const std::vector<Tensor>& tensors) {
   std::vector<Tensor> out;
-  for (const Tensor& tensor : tensors) out.push_back(torch::stable::contiguous(tensor));
+  out.reserve(tensors.size());
+  for (const Tensor& tensor : tensors) out.push_back(packed(tensor));
   return out;
 }
 

@@ -20,6 +20,7 @@
 #include "linalg/finite.h"
 #include "lora/micro.h"
 #include "lora/torch.h"
+#include "overlap.h"
 #include "simd.h"
 
 namespace mbf::cpu {
@@ -217,8 +218,8 @@ Merge::Merge(const Argument& merged_name, const std::vector<Tensor>& merged, con
     }
     check_writable(into, merged[n]);
     const MergeSpan span = span_for(merged[n].scalar_type(), finetuned[n].scalar_type());
-    const Tensor m = torch::stable::contiguous(merged[n]);
-    const Tensor f = torch::stable::contiguous(finetuned[n]);
+    const Tensor m = packed(merged[n]);
+    const Tensor f = packed(finetuned[n]);
     const int64_t size = m.numel();
     pairs_.push_back({m, f, m.mutable_data_ptr(), f.const_data_ptr(), span});
     for (int64_t begin = 0; begin < size; begin += kPiece)
@@ -249,6 +250,7 @@ void Merge::finish() const {
 
 void merge_(Tensors merged, Tensors finetuned, Tensor weight) {
   const Merge merge({"merge_", "merged"}, merged, {"merge_", "finetuned"}, finetuned, weight);
+  check_apart("merge_", merged, finetuned);
   torch::stable::parallel_for(0, merge.pieces(), 1, [&](int64_t begin, int64_t end) {
     for (int64_t n = begin; n < end; ++n) merge.run(n);
   });
@@ -258,6 +260,7 @@ void merge_(Tensors merged, Tensors finetuned, Tensor weight) {
 Tensor merge_with_norms_(Tensors merged, Tensors finetuned, Tensor weight) {
   const char* op = "merge_with_norms_";
   const Merge merge({op, "merged"}, merged, {op, "finetuned"}, finetuned, weight);
+  check_apart(op, merged, finetuned);
   std::vector<double> squares(3 * merge.pieces());
   torch::stable::parallel_for(0, merge.pieces(), 1, [&](int64_t begin, int64_t end) {
     for (int64_t n = begin; n < end; ++n) merge.run(n, &squares[3 * n]);

@@ -1,19 +1,27 @@
 // task_boundary_: the merge of every B, the replacement of every A and the basis that the next task starts from, in two
-// rounds over all of them. The first makes the bases, which nobody has yet, and finds what isn't finite in A and B;
-// only if all is well does the second change what is merged.
+// rounds over all of them. The first looks for what isn't finite in A and B; only if all is well does the second write.
 
 #include <algorithm>
 #include <cstring>
+#include <initializer_list>
 
 #include "basis.h"
 #include "kernels.h"
+#include "linalg/finite.h"
 #include "lora/micro.h"
 #include "merge.h"
+#include "overlap.h"
 #include "share.h"
 #include "stream.h"
 
 namespace mbf::cpu {
 namespace {
+
+Tensors joined(std::initializer_list<const Tensors*> lists) {
+  Tensors all;
+  for (const Tensors* list : lists) all.insert(all.end(), list->begin(), list->end());
+  return all;
+}
 
 // The memory that A is copied to, or null where it's no plain copy.
 void* place_of(const Tensor& merged, const Tensor& A) {
@@ -38,43 +46,42 @@ Tensor task_boundary_(Tensors merged_A, Tensors merged_B, Tensors Q, Tensors A, 
   const Tensors from = packed(A);
   const auto matrices = matrices_of({op, "A"}, from);
   const auto bases = results_for(matrices, Q, op);
+  check_apart(op, joined({&merged_A, &merged_B, &Q}), joined({&A, &B}));
   const int64_t layers = static_cast<int64_t>(matrices.size()), pieces = merge.pieces();
   const Tensor status = empty({2 * layers}, ScalarType::Int);
   int32_t* found = static_cast<int32_t*>(status.mutable_data_ptr());
 
+  std::vector<char> finite_A(layers), finite_B(pieces);
+  for_each(layers, [&](int64_t n) { finite_A[n] = all_finite(matrices[n].data, matrices[n].type, from[n].numel()); });
+  for_each(pieces, [&](int64_t n) { finite_B[n] = merge.finite(n); });
+  std::fill(found, found + 2 * layers, linalg::kDone);
+  for (int64_t n = 0; n < layers; ++n) {
+    if (!finite_A[n]) found[n] = linalg::kNotFinite;
+  }
+  for (int64_t n = 0; n < pieces; ++n) {
+    if (!finite_B[n]) found[layers + merge.pair_of(n)] = linalg::kNotFinite;
+  }
+  if (std::find(found, found + 2 * layers, linalg::kNotFinite) != found + 2 * layers) return status;
+
   const bool past_caches = worth_streaming(bases);
-  std::vector<char> finite(pieces);
-  for_each(layers + pieces, [&](int64_t n) {
-    if (n < layers) {
-      const linalg::Orthonormal rows(matrices[n], n + 1 < layers ? &matrices[n + 1] : nullptr);
-      found[n] = rows.status();
-      rows.write(const_cast<void*>(bases[n].data), past_caches);
-    } else {
-      finite[n - layers] = merge.finite(n - layers);
+  for_each(layers, [&](int64_t n) {
+    const linalg::Orthonormal rows(matrices[n], n + 1 < layers ? &matrices[n + 1] : nullptr);
+    found[n] = rows.status();
+    rows.write(const_cast<void*>(bases[n].data), past_caches);
+    if (void* place = place_of(merged_A[n], from[n])) {
+      const int64_t bytes = from[n].numel() * element_size(matrices[n].type);
+      if (past_caches) {
+        stream(matrices[n].data, bytes, place);
+        streamed();
+      } else {
+        std::memcpy(place, matrices[n].data, bytes);
+      }
     }
   });
-  std::fill(found + layers, found + 2 * layers, linalg::kDone);
-  for (int64_t n = 0; n < pieces; ++n) {
-    if (!finite[n]) found[layers + merge.pair_of(n)] = linalg::kNotFinite;
-  }
-  if (std::find(found, found + 2 * layers, linalg::kNotFinite) == found + 2 * layers) {
-    for_each(layers + pieces, [&](int64_t k) {
-      const int64_t n = layers + pieces - 1 - k;  // what was read last is still in the caches
-      if (n >= layers) return merge.run(n - layers);
-      if (void* place = place_of(merged_A[n], from[n])) {
-        const int64_t bytes = from[n].numel() * element_size(matrices[n].type);
-        if (past_caches) {
-          stream(matrices[n].data, bytes, place);
-          streamed();
-        } else {
-          std::memcpy(place, matrices[n].data, bytes);
-        }
-      }
-    });
-    merge.finish();
-    for (int64_t n = 0; n < layers; ++n) {
-      if (place_of(merged_A[n], from[n]) == nullptr) torch::stable::copy_(merged_A[n], A[n]);
-    }
+  for_each(pieces, [&](int64_t n) { merge.run(n); });
+  merge.finish();
+  for (int64_t n = 0; n < layers; ++n) {
+    if (place_of(merged_A[n], from[n]) == nullptr) torch::stable::copy_(merged_A[n], A[n]);
   }
   return status;
 }

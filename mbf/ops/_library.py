@@ -9,8 +9,7 @@ imports triton or needs a compiler.
 from __future__ import annotations
 
 import os
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from types import TracebackType
 from typing import Any, Literal, NamedTuple
@@ -114,20 +113,10 @@ def native_serves(*lists: Sequence[Any]) -> bool:
     """
     if not _native.loaded or reference_only() or torch.compiler.is_compiling():
         return False
-    return all([type(tensor) in _PLAIN and tensor.is_cpu for tensors in lists for tensor in tensors])
+    return all(_PLAIN.issuperset(map(type, tensors)) and all([t.is_cpu for t in tensors]) for tensors in lists)
 
 
-@contextmanager
-def refusals(check: Callable[[], None]) -> Iterator[None]:
-    """Where a kernel refuses its arguments, ``check`` says why; the kernel's own words are what is left otherwise."""
-    try:
-        yield
-    except (RuntimeError, TypeError):
-        check()
-        raise
-
-
-_PLAIN = (torch.Tensor, torch.nn.Parameter)  # other classes may have kernels of their own
+_PLAIN = frozenset((torch.Tensor, torch.nn.Parameter))  # other classes may have kernels of their own
 
 
 def reference_only() -> bool:

@@ -18,17 +18,16 @@ def status_of(*stacks: Sequence[Tensor]) -> Tensor:
     return torch.where(torch.stack(finite).all(0), DONE, NOT_FINITE).to(torch.int32)
 
 
-def given_up(status: Tensor, stacks: Sequence[Tensor], name: Callable[[int], str]) -> list[tuple[int, int]]:
-    """Read the ``status`` of every matrix of ``stacks [..., r, d]``: which to compute anew, as the places of the stack
-    and of the matrix in it.
+def given_up(status: Sequence[int], stacks: Sequence[Tensor], name: Callable[[int], str]) -> list[tuple[int, int]]:
+    """What to compute anew by the ``status`` of every matrix of ``stacks [..., r, d]``, read to the host: the places of
+    the stack and of the matrix in it.
 
     Raises:
         ValueError: a matrix is not finite; the message has the stack's name.
     """
-    codes = status.tolist()
-    if not any(codes):
+    if not any(status):
         return []
-    rest, found = iter(codes), []
+    rest, found = iter(status), []
     for n, stack in enumerate(stacks):
         here = [next(rest) for _ in range(stack.shape[:-2].numel())]
         if NOT_FINITE in here:

@@ -11,7 +11,7 @@ from torch import Tensor
 from mbf.ops._cuda import library
 from mbf.ops._gpu import with_cuda
 from mbf.ops._inputs import by_device, check_matrix
-from mbf.ops._library import define, native_serves, reference_only, refusals
+from mbf.ops._library import define, native_serves, reference_only
 from mbf.ops._status import given_up, matrix_at, status_of
 from mbf.ops.empty_like_all import empty_like_all_ref
 
@@ -115,8 +115,11 @@ def _orthonormal_rows(A: list[Tensor], name: Callable[[int], str]) -> list[Tenso
             check_rows(matrix, name(n))
 
     if native_serves(A):
-        with refusals(check):
+        try:
             return _on_one_device(A, name) if A else []
+        except (RuntimeError, TypeError):
+            check()
+            raise
     check()
     found: dict[int, Tensor] = {}
     for here in by_device(A):
@@ -128,7 +131,7 @@ def _orthonormal_rows(A: list[Tensor], name: Callable[[int], str]) -> list[Tenso
 def _on_one_device(A: list[Tensor], name: Callable[[int], str]) -> list[Tensor]:
     with torch.no_grad():
         *Q, status = _operator_ref(A) if reference_only() else torch.ops.mbf.orthonormal_rows.default(A)
-        settle(A, Q, status, name)
+        settle(A, Q, status.tolist(), name)
     return Q
 
 
@@ -140,8 +143,8 @@ def check_rows(matrix: Tensor, name: str) -> None:
         raise ValueError(f"{name}: has shape {tuple(matrix.shape)}; only 1 ≤ r ≤ d rows can be orthonormal, r is {r}")
 
 
-def settle(A: Sequence[Tensor], Q: Sequence[Tensor], status: Tensor, name: Callable[[int], str]) -> None:
-    """Read the ``status`` of every matrix: raise ValueError for what isn't finite, and write into Q what a kernel gave
+def settle(A: Sequence[Tensor], Q: Sequence[Tensor], status: Sequence[int], name: Callable[[int], str]) -> None:
+    """See to the ``status`` of every matrix: raise ValueError for what isn't finite, and write into Q what a kernel gave
     up."""
     for n, place in given_up(status, A, name):
         matrix_at(Q[n], place).copy_(orthonormal_rows_ref(matrix_at(A[n], place)))  # Q is contiguous: a view

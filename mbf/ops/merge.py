@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 from mbf.ops._gpu import in_cuda
 from mbf.ops._inputs import FLOATS, by_device, check_dense, check_floating, finite
-from mbf.ops._library import define, native_serves, reference_only, refusals
+from mbf.ops._library import define, native_serves, reference_only
 from mbf.ops._overlap import check_apart
 
 
@@ -100,19 +100,24 @@ def merge_(
 
     def check() -> None:
         check_pairs(merged, finetuned)
+        check_apart(merged, finetuned)
 
-    if not go_together(merged, finetuned) or not native_serves(merged, finetuned):
+    served = go_together(merged, finetuned) and native_serves(merged, finetuned)
+    if not served:
         check()
     weight = weight_tensor(weight)
     squares: list[Tensor] = []
-    with refusals(check), torch.no_grad():
-        check_apart(merged, finetuned)
-        groups = by_device(merged)
+    groups = [list(range(len(merged)))] if served and merged else by_device(merged)
+    try:
         for here in groups:
             pairs = [merged[n] for n in here], [finetuned[n] for n in here]
-            found = _operator(norms)(*pairs, weight.to(merged[here[0]].device))
+            with torch.no_grad():
+                found = _operator(norms)(*pairs, weight.to(merged[here[0]].device))
             if norms:
                 squares.append(found)
+    except (RuntimeError, TypeError):
+        check()
+        raise
     written(merged)
     return _norms(squares, groups) if norms else None
 

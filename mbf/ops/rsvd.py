@@ -256,7 +256,7 @@ def _dense(
     operator = _rsvd_operator_ref if reference_only() else torch.ops.mbf.rsvd.default
     *flat, status = operator(matrices, torch.cat(seeds), rank, oversample, n_iter)
     found = _triples(flat)
-    for n, place in given_up(status, matrices, names.__getitem__):
+    for n, place in given_up(status.tolist(), matrices, names.__getitem__):
         matrix = matrix_at(matrices[n], place).double()
         sketch = sketch_ref(seeds[n][place], matrix.shape[1], min(rank + oversample, *matrix.shape))
         _replace(found[n], place, rsvd_ref(matrix, sketch, rank, n_iter))
@@ -268,7 +268,7 @@ def _products(B: list[Tensor], A: list[Tensor], names: list[str], rank: int) -> 
     operator = _svd_factors_operator_ref if reference_only() else torch.ops.mbf.svd_factors.default
     *flat, status = operator(B, A, rank)
     found = _triples(flat)
-    for n, place in given_up(status, A, names.__getitem__):
+    for n, place in given_up(status.tolist(), A, names.__getitem__):
         _replace(found[n], place, svd_factors_ref(matrix_at(B[n], place), matrix_at(A[n], place), rank))
     return found
 

@@ -9,11 +9,11 @@ from torch import Tensor
 
 from mbf.ops._gpu import in_cuda
 from mbf.ops._inputs import by_device
-from mbf.ops._library import define, native_serves, reference_only, refusals
+from mbf.ops._library import define, native_serves, reference_only
 from mbf.ops._overlap import check_apart
 from mbf.ops._status import DONE, NOT_FINITE, NOT_FINITE_MESSAGE, given_up
 from mbf.ops.basis import check_rows, orthonormal_rows_ref, settle
-from mbf.ops.empty_like_all import empty_like_all
+from mbf.ops.empty_like_all import empty_like_all, empty_like_all_ref
 from mbf.ops.merge import check_pairs, go_together, merge_ref_, weight_tensor, written
 
 Pairs = tuple[Sequence[Tensor], Sequence[Tensor]]
@@ -87,39 +87,52 @@ def task_boundary_(merged: Pairs, finetuned: Pairs, weight: float | Tensor) -> l
         check_pairs(merged_A, A, ("A of merged", "A of finetuned"))
         check_pairs(merged_B, B, ("B of merged", "B of finetuned"))
         _check_layers(A, B)
+        check_apart([*merged_A, *merged_B], [*A, *B])
 
     lists = (merged_A, merged_B, A, B)
     served = go_together(*lists) and native_serves(*lists)
     if not served:
         check()
     weight = weight_tensor(weight)
-    with refusals(check), torch.no_grad():
-        check_apart([*merged_A, *merged_B], [*A, *B])
-        Q = empty_like_all(A)
-        groups = [range(len(A))] if served and A else by_device(A)
-        if len(groups) > 1:
-            _check_finite(A, B)
-        for here in groups:
-            _on_one_device(*([tensors[n] for n in here] for tensors in (merged_A, merged_B, Q, A, B)), weight, here)
+    with torch.no_grad():
+        if served and A:
+            try:
+                Q = empty_like_all(A)
+                _on_one_device(merged_A, merged_B, Q, A, B, weight, range(len(A)))
+            except (RuntimeError, TypeError):
+                check()
+                raise
+        else:
+            Q = _on_their_devices((merged_A, merged_B), (A, B), weight)
     written([*merged_A, *merged_B])
     return Q
 
 
+def _on_their_devices(merged: Pairs, finetuned: Pairs, weight: Tensor) -> list[Tensor]:
+    Q = empty_like_all_ref(finetuned[0])
+    groups = by_device(Q)
+    if len(groups) > 1:
+        _check_finite(*finetuned)
+    for here in groups:
+        lists = ([tensors[n] for n in here] for tensors in (*merged, Q, *finetuned))
+        _on_one_device(*lists, weight.to(Q[here[0]].device), here)
+    return Q
+
+
 def _on_one_device(
-    merged_A: list[Tensor],
-    merged_B: list[Tensor],
-    Q: list[Tensor],
-    A: list[Tensor],
-    B: list[Tensor],
+    merged_A: Sequence[Tensor],
+    merged_B: Sequence[Tensor],
+    Q: Sequence[Tensor],
+    A: Sequence[Tensor],
+    B: Sequence[Tensor],
     weight: Tensor,
     places: Sequence[int],
 ) -> None:
     """``task_boundary_ref_`` by the fastest kernel; Q, too, has what that gave up. ``places`` of all are for errors."""
     operator = task_boundary_ref_ if reference_only() else torch.ops.mbf.task_boundary_.default
-    status = operator(merged_A, merged_B, Q, A, B, weight.to(Q[0].device))
-    of_A, of_B = status.view(2, -1)
-    settle(A, Q, of_A, lambda n: f"A[{places[n]}] of finetuned")
-    given_up(of_B, B, lambda n: f"B[{places[n]}] of finetuned")
+    status = operator(merged_A, merged_B, Q, A, B, weight).tolist()
+    settle(A, Q, status[: len(A)], lambda n: f"A[{places[n]}] of finetuned")
+    given_up(status[len(A) :], B, lambda n: f"B[{places[n]}] of finetuned")
 
 
 def _two_lists(pairs: Pairs, name: str) -> Pairs:

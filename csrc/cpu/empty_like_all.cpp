@@ -3,11 +3,11 @@
 
 #include <algorithm>
 
-#include "huge.h"
 #include "kernels.h"
 #include "lora/check.h"
 #include "lora/micro.h"
 #include "lora/torch.h"
+#include "memory/huge.h"
 
 namespace mbf::cpu {
 namespace {

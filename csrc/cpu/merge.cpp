@@ -20,7 +20,7 @@
 #include "linalg/finite.h"
 #include "lora/micro.h"
 #include "lora/torch.h"
-#include "overlap.h"
+#include "memory/overlap.h"
 #include "simd.h"
 
 namespace mbf::cpu {

@@ -9,10 +9,10 @@
 #include "kernels.h"
 #include "linalg/finite.h"
 #include "lora/micro.h"
+#include "memory/overlap.h"
+#include "memory/stream.h"
 #include "merge.h"
-#include "overlap.h"
 #include "share.h"
-#include "stream.h"
 
 namespace mbf::cpu {
 namespace {

@@ -123,7 +123,7 @@ def _orthonormal_rows(A: list[Tensor], name: Callable[[int], str]) -> list[Tenso
     check()
     found: dict[int, Tensor] = {}
     for here in by_device(A):
-        Q = _on_one_device([A[n] for n in here], lambda n, here=here: name(here[n]))
+        Q = _on_one_device([A[n] for n in here], [name(n) for n in here].__getitem__)
         found.update(zip(here, Q, strict=True))
     return [found[n] for n in range(len(A))]
 
@@ -144,7 +144,6 @@ def check_rows(matrix: Tensor, name: str) -> None:
 
 
 def settle(A: Sequence[Tensor], Q: Sequence[Tensor], status: Sequence[int], name: Callable[[int], str]) -> None:
-    """See to the ``status`` of every matrix: raise ValueError for what isn't finite, and write into Q what a kernel gave
-    up."""
+    """Raise ValueError where the ``status`` of a matrix says that it isn't finite; write into Q what was given up."""
     for n, place in given_up(status, A, name):
         matrix_at(Q[n], place).copy_(orthonormal_rows_ref(matrix_at(A[n], place)))  # Q is contiguous: a view

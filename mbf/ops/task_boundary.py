@@ -114,8 +114,8 @@ def _on_their_devices(merged: Pairs, finetuned: Pairs, weight: Tensor) -> list[T
     if len(groups) > 1:
         _check_finite(*finetuned)
     for here in groups:
-        lists = ([tensors[n] for n in here] for tensors in (*merged, Q, *finetuned))
-        _on_one_device(*lists, weight.to(Q[here[0]].device), here)
+        M_A, M_B, Q_here, A, B = ([tensors[n] for n in here] for tensors in (*merged, Q, *finetuned))
+        _on_one_device(M_A, M_B, Q_here, A, B, weight.to(Q_here[0].device), here)
     return Q
 
 

@@ -232,7 +232,9 @@ def order_of(names: Iterable[str], n: int) -> list[str]:
     So each variant follows every other about as often: what one leaves behind, caches and freed memory that the system
     clears once more for the next, falls on all alike. In a rotation it would always fall on the same.
     """
-    return random.Random(n).sample(list(names), len(names))
+    order = list(names)
+    random.Random(n).shuffle(order)
+    return order
 
 
 def interleave(

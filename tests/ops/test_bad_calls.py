@@ -439,10 +439,14 @@ REFUSED: list[tuple[str, tuple[Any, ...], str]] = [
     ("merge_", ([x.int()], [x], fp64), r"merged\[0\] is Int"),
     ("merge_", ([x[:1].expand(4, 6)], [x], fp64), r"merged\[0\] is expanded"),
     ("merge_with_norms_", ([x.clone()], [], fp64), "finetuned has 0 entries; it must have 1"),
-    ("orthonormal_rows", ([A.int()], [A.int()]), r"A\[0\] is Int"),
-    ("orthonormal_rows", ([A[0]], [A[0]]), r"A\[0\] is Float \[6\]"),
-    ("orthonormal_rows", ([A], [A[:, :5].clone()]), "Q 0 must have the shape"),
-    ("orthonormal_rows", ([A.T], [A.T.contiguous()]), r"r must lie in \[1, d\]"),
+    ("empty_like_all", ([x, A.int()],), r"like\[1\] is Int"),
+    ("orthonormal_rows", ([A.int()],), r"A\[0\] is Int"),
+    ("orthonormal_rows", ([A[0]],), r"A\[0\] is Float \[6\]"),
+    ("orthonormal_rows", ([A.T],), r"r must lie in \[1, d\]"),
+    ("merge_", ([x[:2], x[1:3]], [x[:2] + 1, x[:2] + 2], fp64), r"written\[0\] shares memory"),
+    ("merge_", ([x[:, :2], x[:, 1:3]], [x[:, :2] + 1, x[:, :2] + 2], fp64), r"written\[0\] shares memory"),
+    ("merge_with_norms_", ([x[:2]], [x[1:3]], fp64), r"written\[0\] shares memory"),
+    ("task_boundary_", ([A.clone()], [B.clone()], [A], [A], [B], fp64), r"written\[2\] shares memory"),
     (
         "task_boundary_",
         ([A[:1].clone()], [B.clone()], [A.clone()], [A], [B], fp64),
@@ -471,6 +475,17 @@ REFUSED: list[tuple[str, tuple[Any, ...], str]] = [
 def test_the_raw_operators_refuse(name: str, arguments: tuple[Any, ...], words: str) -> None:
     with pytest.raises(RuntimeError, match=f"mbf::{name}: ({words})|{words}"):
         getattr(raw, name).default(*arguments)
+
+
+@native
+def test_what_is_written_may_be_its_own_partner_or_lie_between_others() -> None:
+    whole, other = torch.randn(4, 6), torch.randn(4, 6)
+    expected = torch.lerp(whole, other, 0.5)
+    columns = [whole[:, ::2], whole[:, 1::2]]
+    raw.merge_.default(columns, [other[:, ::2], other[:, 1::2]], torch.tensor(0.5, dtype=torch.float64))
+    torch.testing.assert_close(whole, expected)
+    raw.merge_.default(columns, columns, torch.tensor(0.5, dtype=torch.float64))
+    torch.testing.assert_close(whole, expected)
 
 
 @native

@@ -297,8 +297,13 @@ def matrix_shape(random: Random) -> tuple[int, int]:
 
 def orthonormal_rows(random: Random) -> list[Any]:
     shapes = [(*random.choice(((), (0,), (1,), (3,))), *matrix_shape(random)) for _ in range(random.randint(1, 3))]
-    A = [normal(random, shape, random.choice(FLOATS)) for shape in shapes]
-    return [A, [torch.empty_like(matrix, memory_format=torch.contiguous_format) for matrix in A]]
+    return [[normal(random, shape, random.choice(FLOATS)) for shape in shapes]]
+
+
+def empty_like_all(random: Random) -> list[Any]:
+    together = [(random.choice((1, 3, 64)), random.choice((17, 4096)))] * random.choice((0, 70))
+    shapes = [tuple(random.choice(SIZES) for _ in range(random.randint(0, 3))) for _ in range(random.randint(1, 3))]
+    return [[normal(random, shape, random.choice(FLOATS)) for shape in (*together, *shapes)]]
 
 
 def task_boundary_(random: Random) -> list[Any]:
@@ -335,7 +340,8 @@ VALID: dict[str, Callable[[Random], list[Any]]] = {
     **{
         make.__name__: make
         for make in (
-            *(dropout_mask, frozen_linear, frozen_linear_backward, lilora_accumulate, lilora_accumulate_backward),
+            *(dropout_mask, empty_like_all, frozen_linear, frozen_linear_backward),
+            *(lilora_accumulate, lilora_accumulate_backward),
             *(lora_accumulate, lora_accumulate_backward, lora_group, lora_group_backward, lora_linear),
             *(lora_linear_backward, lora_mlp, lora_mlp_backward, merge_, mora_accumulate, mora_accumulate_backward),
             *(orthonormal_rows, rsvd, svd_factors, task_boundary_),

@@ -30,7 +30,7 @@ from tests.sanitize.arguments import VALID, wrong
 
 LEAST = torch.finfo(torch.float32).eps  # some sums are in fp32 where an operand is
 SAMPLES, TIMES = 4, 16  # of operands that are off by their rounding; how much further off a result may be
-DECOMPOSED = ("orthonormal_rows", "rsvd", "svd_factors")  # compared by what they must fulfil
+BY_PROPERTIES = ("empty_like_all", "orthonormal_rows", "rsvd", "svd_factors")  # compared by what they must fulfil
 WELL_CONDITIONED = 1e4  # rows at unit length that no kernel may give up
 
 
@@ -57,6 +57,7 @@ def references() -> dict[str, Callable[..., Any]]:
         "philox": {"dropout_mask": "dropout_mask_ref"},
         "merge": {"merge_": "merge_ref_", "merge_with_norms_": "merge_with_norms_ref_"},
         "basis": {"orthonormal_rows": "_operator_ref"},
+        "empty_like_all": {"empty_like_all": "empty_like_all_ref"},
         "task_boundary": {"task_boundary_": "task_boundary_ref_"},
         "rsvd": {"rsvd": "_rsvd_operator_ref", "svd_factors": "_svd_factors_operator_ref"},
     }.items():
@@ -213,14 +214,32 @@ def decomposed(name: str, arguments: list[Any], got: list[Tensor], truth: list[T
     return None
 
 
+def other_room(like: list[Tensor], got: list[Tensor]) -> str | None:
+    """Tensors as they were asked for, which lie apart."""
+    for n, (wanted, found) in enumerate(zip(like, got, strict=True)):
+        if (found.shape, found.dtype) != (wanted.shape, wanted.dtype) or not found.is_contiguous():
+            return f"result {n} is {found.dtype} {list(found.shape)}, not {wanted.dtype} {list(wanted.shape)}"
+        found.fill_(n)
+    marks = [n for n, found in enumerate(got) if not bool((found == n).all())]
+    return f"results {marks} share memory" if marks else None
+
+
 def difference(
     name: str, arguments: list[Any], got: Any, truth: Any, wide: list[Any], most: list[float | None]
 ) -> str | None:
     """In what the outcome differs from the truth, or None. Both may have written their arguments."""
     if name in ("rsvd", "svd_factors"):
         return decomposed(name, arguments, got, truth, wide)
+    if name == "empty_like_all":
+        return other_room(arguments[0], got)
     if name in ("orthonormal_rows", "task_boundary_"):
-        A, Q = (matrices(arguments[n]) for n in ((0, 1) if name == "orthonormal_rows" else (3, 2)))
+        if name == "orthonormal_rows":
+            A, bases, (*Q_of_truth, truth) = arguments[0], got[:-1], truth
+            if [part.shape for part in bases] != [part.shape for part in Q_of_truth]:
+                return f"shapes of Q are {[list(part.shape) for part in bases]}"
+            A, Q, got = matrices(A), matrices(bases), got[-1]
+        else:
+            A, Q = matrices(arguments[3]), matrices(arguments[2])
         if got.shape != truth.shape:
             return f"status is {list(got.shape)}, not {list(truth.shape)}"
         status = got.tolist()
@@ -249,7 +268,7 @@ def compared(
     """Calls ``operator`` with right arguments; in what it differs from the reference, or None."""
     wide, before = each(arguments, in_fp64), each(arguments, lambda t: t.clone())
     truth = reference(*wide)
-    most = allowed(name, before, outcome(name, wide, truth), reference) if name not in DECOMPOSED else []
+    most = allowed(name, before, outcome(name, wide, truth), reference) if name not in BY_PROPERTIES else []
     return difference(name, arguments, operator(*arguments), truth, wide, most)
 
 

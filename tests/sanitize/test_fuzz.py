@@ -80,28 +80,33 @@ SVDS = {
     "status 1 and NaN": triples(lambda kind, n, part: part + 1 if kind == 3 else part * torch.nan),
     "status 2": triples(lambda kind, n, part: part + 2 if kind == 3 else part),
 }
-ROWS = {
-    name: change
-    for at in (1, 2)
-    for name, change in {
-        f"zeros {at}": write(at, torch.zeros_like),
-        f"eye {at}": write(at, eye),
-        f"another basis {at}": write(at, other),
-        f"negative {at}": write(at, torch.neg),
-        f"half {at}": write(at, half),
-        f"permuted {at}": write(at, lambda Q: Q.roll(1, -1)),
-        f"status 1 {at}": lambda arguments, result: result + 1,
-        f"status 2 {at}": lambda arguments, result: result + 2,
-    }.items()
+BASES: dict[str, Callable[[Tensor], Tensor]] = {
+    "zeros": torch.zeros_like,
+    "eye": eye,
+    "another basis": other,
+    "negative": torch.neg,
+    "half": half,
+    "permuted": lambda Q: Q.roll(1, -1),
 }
+
+
+def returned(change: Callable[[Tensor], Tensor]) -> Callable[[list[Any], Any], Any]:
+    """Changes every Q of [Q.., status]."""
+    return lambda arguments, result: [*(change(Q).to(Q.dtype) for Q in result[:-1]), result[-1]]
+
+
 ONES = {
     "zeros": lambda arguments, result: zeros(result),
     "a third too much": lambda arguments, result: each(result, lambda t: t * 1.33),
 }
 WRONG: list[tuple[str, str, Callable[[list[Any], Any], Any]]] = [
     *((name, fault, change) for name in ("rsvd", "svd_factors") for fault, change in SVDS.items()),
-    *(("orthonormal_rows", fault, change) for fault, change in ROWS.items() if fault.endswith("1")),
-    *(("task_boundary_", fault, change) for fault, change in ROWS.items() if fault.endswith("2")),
+    *(("orthonormal_rows", fault, returned(change)) for fault, change in BASES.items()),
+    *(("orthonormal_rows", f"status {n}", lambda _, result, n=n: [*result[:-1], result[-1] + n]) for n in (1, 2)),
+    *(("task_boundary_", fault, write(2, change)) for fault, change in BASES.items()),
+    *(("task_boundary_", f"status {n}", lambda _, result, n=n: result + n) for n in (1, 2)),
+    ("empty_like_all", "all in one place", lambda _, result: [result[0].expand_as(result[0])] * len(result)),
+    ("empty_like_all", "with gaps", lambda _, result: [part.new_empty((*part.shape, 2))[..., 0] for part in result]),
     *(("task_boundary_", f"merged {at} of zeros", write(at, torch.zeros_like)) for at in (0, 1)),
     ("merge_", "of zeros", write(0, torch.zeros_like)),
     ("merge_with_norms_", "norms of zeros", ONES["zeros"]),

@@ -6,8 +6,8 @@
 #include <numeric>
 
 #include "../lora/micro.h"
+#include "../memory/stream.h"
 #include "../simd.h"
-#include "../stream.h"
 #include "cholesky.h"
 #include "finite.h"
 

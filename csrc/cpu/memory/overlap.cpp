@@ -2,11 +2,10 @@
 
 #include <algorithm>
 #include <cstdint>
-#include <stdexcept>
-#include <string>
 
-#include "lora/micro.h"
-#include "lora/torch.h"
+#include "../lora/check.h"
+#include "../lora/micro.h"
+#include "../lora/torch.h"
 
 namespace mbf::cpu {
 namespace {
@@ -87,8 +86,7 @@ void check_apart(const char* op, const std::vector<Tensor>& written, const std::
       if (one.written != other.written && one.n == other.n && lie_alike(*one.tensor, *other.tensor)) continue;
       if (!meet(*one.tensor, *other.tensor)) continue;
       const Span& first = one.written ? one : other;
-      throw std::runtime_error(std::string("mbf::") + op + ": written tensor " + std::to_string(first.n) +
-                               " shares memory with another argument; pass a clone of it");
+      refuse({op, "written", static_cast<int64_t>(first.n)}, "shares memory with another argument; pass a clone of it");
     }
   }
 }

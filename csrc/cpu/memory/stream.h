@@ -4,7 +4,7 @@
 #include <cstdint>
 #include <cstring>
 
-#include "simd.h"
+#include "../simd.h"
 
 namespace mbf::cpu {
 

@@ -250,7 +250,7 @@ void Merge::finish() const {
 
 void merge_(Tensors merged, Tensors finetuned, Tensor weight) {
   const Merge merge({"merge_", "merged"}, merged, {"merge_", "finetuned"}, finetuned, weight);
-  check_apart("merge_", merged, finetuned);
+  check_apart("merge_", {{merged}}, {{finetuned}});
   torch::stable::parallel_for(0, merge.pieces(), 1, [&](int64_t begin, int64_t end) {
     for (int64_t n = begin; n < end; ++n) merge.run(n);
   });
@@ -260,7 +260,7 @@ void merge_(Tensors merged, Tensors finetuned, Tensor weight) {
 Tensor merge_with_norms_(Tensors merged, Tensors finetuned, Tensor weight) {
   const char* op = "merge_with_norms_";
   const Merge merge({op, "merged"}, merged, {op, "finetuned"}, finetuned, weight);
-  check_apart(op, merged, finetuned);
+  check_apart(op, {{merged}}, {{finetuned}});
   std::vector<double> squares(3 * merge.pieces());
   torch::stable::parallel_for(0, merge.pieces(), 1, [&](int64_t begin, int64_t end) {
     for (int64_t n = begin; n < end; ++n) merge.run(n, &squares[3 * n]);

@@ -1,9 +1,9 @@
 // task_boundary_: the merge of every B, the replacement of every A and the basis that the next task starts from, in two
 // rounds over all of them. The first looks for what isn't finite in A and B; only if all is well does the second write.
+// Q may be A itself, where it is left as it was if it was given up.
 
 #include <algorithm>
 #include <cstring>
-#include <initializer_list>
 
 #include "basis.h"
 #include "kernels.h"
@@ -16,12 +16,6 @@
 
 namespace mbf::cpu {
 namespace {
-
-Tensors joined(std::initializer_list<const Tensors*> lists) {
-  Tensors all;
-  for (const Tensors* list : lists) all.insert(all.end(), list->begin(), list->end());
-  return all;
-}
 
 // The memory that A is copied to, or null where it's no plain copy.
 void* place_of(const Tensor& merged, const Tensor& A) {
@@ -46,7 +40,7 @@ Tensor task_boundary_(Tensors merged_A, Tensors merged_B, Tensors Q, Tensors A, 
   const Tensors from = packed(A);
   const auto matrices = matrices_of({op, "A"}, from);
   const auto bases = results_for(matrices, Q, op);
-  check_apart(op, joined({&merged_A, &merged_B, &Q}), joined({&A, &B}));
+  check_apart(op, {{merged_A}, {merged_B, A.size()}, {Q}}, {{A}, {B, A.size()}});
   const int64_t layers = static_cast<int64_t>(matrices.size()), pieces = merge.pieces();
   const Tensor status = empty({2 * layers}, ScalarType::Int);
   int32_t* found = static_cast<int32_t*>(status.mutable_data_ptr());
@@ -63,11 +57,14 @@ Tensor task_boundary_(Tensors merged_A, Tensors merged_B, Tensors Q, Tensors A, 
   }
   if (std::find(found, found + 2 * layers, linalg::kNotFinite) != found + 2 * layers) return status;
 
+  for (int64_t n = 0; n < layers; ++n) {
+    if (place_of(merged_A[n], from[n]) == nullptr) torch::stable::copy_(merged_A[n], A[n]);
+  }
   const bool past_caches = worth_streaming(bases);
   for_each(layers, [&](int64_t n) {
+    const bool in_place = bases[n].data == matrices[n].data;
     const linalg::Orthonormal rows(matrices[n], n + 1 < layers ? &matrices[n + 1] : nullptr);
     found[n] = rows.status();
-    rows.write(const_cast<void*>(bases[n].data), past_caches);
     if (void* place = place_of(merged_A[n], from[n])) {
       const int64_t bytes = from[n].numel() * element_size(matrices[n].type);
       if (past_caches) {
@@ -77,12 +74,12 @@ Tensor task_boundary_(Tensors merged_A, Tensors merged_B, Tensors Q, Tensors A, 
         std::memcpy(place, matrices[n].data, bytes);
       }
     }
+    if (!in_place || found[n] == linalg::kDone) {
+      rows.write(const_cast<void*>(bases[n].data), past_caches && !in_place);
+    }
   });
   for_each(pieces, [&](int64_t n) { merge.run(n); });
   merge.finish();
-  for (int64_t n = 0; n < layers; ++n) {
-    if (place_of(merged_A[n], from[n]) == nullptr) torch::stable::copy_(merged_A[n], A[n]);
-  }
   return status;
 }
 

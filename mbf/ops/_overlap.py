@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from typing import NamedTuple
 
 import torch
@@ -17,16 +17,20 @@ class _Span(NamedTuple):
     n: int
     written: bool
     tensor: Tensor
+    name: str
 
 
-def check_apart(merged: Sequence[Tensor], finetuned: Sequence[Tensor]) -> None:
+def check_apart(
+    merged: Sequence[Tensor], finetuned: Sequence[Tensor], name: Callable[[int], str] = "merged[{}]".format
+) -> None:
     """Raise ValueError where memory of ``merged`` is also another's, of ``merged`` or ``finetuned``.
 
-    A tensor may be its own partner in ``finetuned``, exactly; the two then lie alike.
+    A tensor may be its own partner in ``finetuned``, exactly; the two then lie alike. ``name`` is what the error calls
+    a tensor of ``merged``.
     """
     if torch.compiler.is_compiling():
         return
-    spans = [*_spans(merged, True), *_spans(finetuned, False)]
+    spans = [*_spans(merged, True, name), *_spans(finetuned, False, "finetuned[{}]".format)]
     spans.sort(key=lambda span: span[:3])
     end = 0
     together: list[_Span] = []
@@ -39,7 +43,7 @@ def check_apart(merged: Sequence[Tensor], finetuned: Sequence[Tensor]) -> None:
     _check(together)
 
 
-def _spans(tensors: Sequence[Tensor], written: bool) -> Iterator[_Span]:
+def _spans(tensors: Sequence[Tensor], written: bool, name: Callable[[int], str]) -> Iterator[_Span]:
     for n, tensor in enumerate(tensors):
         begin, elements = tensor.data_ptr(), tensor.numel()
         if not begin or not elements:  # neither one of no elements nor one on meta has memory
@@ -48,10 +52,10 @@ def _spans(tensors: Sequence[Tensor], written: bool) -> Iterator[_Span]:
             reach = 1 + sum((size - 1) * step for size, step in zip(tensor.shape, tensor.stride(), strict=True))
             if written and reach < elements:
                 raise ValueError(
-                    f"merged[{n}]: several of its elements are one in memory, as in expanded tensors; pass its clone()"
+                    f"{name(n)}: several of its elements are one in memory, as in expanded tensors; pass its clone()"
                 )
             elements = reach
-        yield _Span(begin, begin + elements * tensor.element_size(), n, written, tensor)
+        yield _Span(begin, begin + elements * tensor.element_size(), n, written, tensor, name(n))
 
 
 def _check(together: list[_Span]) -> None:
@@ -64,8 +68,7 @@ def _check(together: list[_Span]) -> None:
                 continue
             second, first = sorted((one, other), key=lambda span: (span.written, span.n))
             found = "is the same memory as" if one.begin == other.begin else "shares memory with"
-            name = f"{'merged' if second.written else 'finetuned'}[{second.n}]"
-            raise ValueError(f"merged[{first.n}]: {found} {name}; pass it once, or a clone() of it")
+            raise ValueError(f"{first.name}: {found} {second.name}; pass it once, or a clone() of it")
 
 
 def _lie_alike(one: Tensor, other: Tensor) -> bool:

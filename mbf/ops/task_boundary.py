@@ -33,8 +33,8 @@ def task_boundary_ref_(
     if bool(finite.all()):
         merge_ref_(merged_B, B, weight)
         for into, basis, matrix in zip(merged_A, Q, A, strict=True):
-            basis.copy_(orthonormal_rows_ref(matrix))
             into.copy_(matrix)
+            basis.copy_(orthonormal_rows_ref(matrix))
     return torch.where(finite, DONE, NOT_FINITE).to(torch.int32)
 
 
@@ -49,7 +49,8 @@ def _fake(
     return A[0].new_empty(2 * len(A), dtype=torch.int32)
 
 
-# Q is written into tensors that the caller makes: an operator that changes its inputs cannot return a list.
+# Q is written into tensors of the caller's, on the CPU A's own if need be: an operator that changes its inputs cannot
+# return a list.
 define(
     "task_boundary_(Tensor(a!)[] merged_A, Tensor(b!)[] merged_B, Tensor(c!)[] Q, Tensor[] A, Tensor[] B, "
     "Tensor weight) -> Tensor",
@@ -59,7 +60,7 @@ define(
 )
 
 
-def task_boundary_(merged: Pairs, finetuned: Pairs, weight: float | Tensor) -> list[Tensor]:
+def task_boundary_(merged: Pairs, finetuned: Pairs, weight: float | Tensor, *, in_place: bool = False) -> list[Tensor]:
     """End a task and prepare the next (SLAO, Algorithm 1, steps 4 and 1): ``B_merge ← B_merge + λ (B_ft − B_merge)``,
     ``A_merge ← A_ft``, and Q, the orthonormal start of the next task's A, for all layers in one call.
 
@@ -71,10 +72,12 @@ def task_boundary_(merged: Pairs, finetuned: Pairs, weight: float | Tensor) -> l
             bf16 or fp16, of any strides; changed in place. No two may share memory.
         finetuned: ``(A_ft, B_ft)`` of the same shapes and devices; dtypes may differ.
         weight: λ, a finite number or a 0-d floating tensor on any device; the paper's is 1/√i.
+        in_place: write Q over A_ft, whose values A_merge has now. Then ``finetuned`` is what the next task starts from,
+            and no memory is taken. No two A_ft may share memory, nor one with anything else.
 
     Returns:
         Q for every layer, with the shape, dtype and device of its A_ft, possibly parts of one allocation; see
-        ``orthonormal_rows``.
+        ``orthonormal_rows``. The tensors of A_ft with ``in_place``.
 
     Raises:
         TypeError: for anything but such tensors.
@@ -88,6 +91,9 @@ def task_boundary_(merged: Pairs, finetuned: Pairs, weight: float | Tensor) -> l
         check_pairs(merged_B, B, ("B of merged", "B of finetuned"))
         _check_layers(A, B)
         check_apart([*merged_A, *merged_B], [*A, *B])
+        if in_place:
+            names = [f"A of {pair}[{n}]" for pair in ("merged", "finetuned") for n in range(len(A))]
+            check_apart([*merged_A, *A], [], names.__getitem__)
 
     lists = (merged_A, merged_B, A, B)
     served = go_together(*lists) and native_serves(*lists)
@@ -97,14 +103,19 @@ def task_boundary_(merged: Pairs, finetuned: Pairs, weight: float | Tensor) -> l
     with torch.no_grad():
         if served and A:
             try:
-                Q = empty_like_all(A)
+                Q = list(A) if in_place and all([a.is_contiguous() for a in A]) else empty_like_all(A)
                 _on_one_device(merged_A, merged_B, Q, A, B, weight, range(len(A)))
             except (RuntimeError, TypeError):
                 check()
                 raise
         else:
             Q = _on_their_devices((merged_A, merged_B), (A, B), weight)
-    written([*merged_A, *merged_B])
+        if in_place:
+            for into, basis in zip(A, Q, strict=True):
+                if into is not basis:
+                    into.copy_(basis)
+            Q = list(A)
+    written([*merged_A, *merged_B, *(A if in_place else ())])
     return Q
 
 

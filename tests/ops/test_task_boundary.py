@@ -78,6 +78,61 @@ def test_the_largest_numbers_are_finite(backend):
     assert merged[1][0][0, 0] == torch.finfo(torch.float16).max
 
 
+@pytest.mark.parametrize("backend", ["auto", "reference"])
+@pytest.mark.parametrize("kind", ["as made", "strided A", "dependent rows", "another dtype", "large"])
+def test_in_place_q_takes_the_place_of_a(backend, kind):
+    """The same numbers as in memory of its own, over A_ft, whose values A_merge has."""
+    merged, finetuned = factors(), factors(seed=1)
+    if kind == "strided A":
+        finetuned[0][1] = torch.stack([finetuned[0][1]] * 2, -1)[..., 0]
+        merged[0][2] = torch.stack([merged[0][2]] * 2, -1)[..., 1]
+    elif kind == "dependent rows":
+        finetuned[0][1][1] = finetuned[0][1][0]
+    elif kind == "another dtype":
+        merged = ([t.double() for t in merged[0]], merged[1])
+    elif kind == "large":
+        finetuned[0].append(torch.randn(200, 12000))
+        finetuned[1].append(torch.randn(3, 200))
+        merged = tuple([*kept, torch.zeros_like(new[-1])] for kept, new in zip(merged, finetuned, strict=True))
+    twin = tuple([t.clone() for t in tensors] for tensors in merged)
+    A_ft = [t.clone() for t in finetuned[0]]
+    with use_backend(backend):
+        expected = task_boundary_(twin, (A_ft, finetuned[1]), 0.3)
+        Q = task_boundary_(merged, finetuned, 0.3, in_place=True)
+    for n, (q, wanted) in enumerate(zip(Q, expected, strict=True)):
+        assert q is finetuned[0][n] and torch.equal(q, wanted)
+    for kept, others in zip(merged, twin, strict=True):
+        assert all(torch.equal(a, b) for a, b in zip(kept, others, strict=True))
+    assert all(torch.equal(a.to(b.dtype), b) for a, b in zip(merged[0], A_ft, strict=True))
+
+
+@pytest.mark.parametrize("backend", ["auto", "reference"])
+def test_in_place_changes_nothing_where_a_task_diverged_or_memory_is_shared(backend):
+    merged, finetuned = factors(), factors(seed=1)
+    finetuned[1][2][0, 0] = math.inf
+    before = [t.clone() for t in (*merged[0], *merged[1], *finetuned[0])]
+    with use_backend(backend), pytest.raises(ValueError, match=r"B\[2\] of finetuned: holds NaN or infinity"):
+        task_boundary_(merged, finetuned, 0.3, in_place=True)
+    assert all(torch.equal(a, b) for a, b in zip((*merged[0], *merged[1], *finetuned[0]), before, strict=True))
+    finetuned[1][2][0, 0] = 0.0
+    merged[0][1] = finetuned[0][1]
+    with (
+        use_backend(backend),
+        pytest.raises(ValueError, match=r"A of finetuned\[1\]: is the same memory as A of merged\[1\]"),
+    ):
+        task_boundary_(merged, finetuned, 0.3, in_place=True)
+    task_boundary_(merged, finetuned, 0.3)
+
+
+def test_in_place_tells_autograd():
+    merged, finetuned = factors(), factors(seed=1)
+    A = finetuned[0][0] = torch.nn.Parameter(finetuned[0][0])
+    loss = (A**2).sum()
+    task_boundary_(merged, finetuned, 0.3, in_place=True)
+    with pytest.raises(RuntimeError, match="modified by an inplace operation"):
+        loss.backward()
+
+
 def broken(change):
     merged, finetuned = factors(), factors(seed=1)
     change(merged, finetuned)

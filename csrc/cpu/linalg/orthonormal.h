@@ -36,7 +36,8 @@ class Orthonormal {
 
   Status status() const { return status_; }
 
-  // Q in A's dtype, NaN where the status isn't kDone; `past_caches` where nobody reads it soon.
+  // Q in A's dtype, NaN where the status isn't kDone, into other memory or over A; `past_caches` where nobody reads it
+  // soon.
   void write(void* Q, bool past_caches = false) const;
 
   // L [r, r], of A = L Q. Needs fp64 and the status kDone.

@@ -13,14 +13,14 @@ namespace {
 // From a tensor's first byte to its last; more than its own where it has gaps.
 struct Span {
   uintptr_t begin, end;
-  size_t n;
+  size_t n, partner;
   bool written;
   const Tensor* tensor;
 };
 
-void add_spans(const std::vector<Tensor>& tensors, bool written, std::vector<Span>& to) {
-  for (size_t n = 0; n < tensors.size(); ++n) {
-    const Tensor& tensor = tensors[n];
+void add_spans(const Partners& partners, bool written, std::vector<Span>& to) {
+  for (size_t n = 0; n < partners.tensors.size(); ++n) {
+    const Tensor& tensor = partners.tensors[n];
     int64_t reach = tensor.numel();
     if (reach == 0) continue;
     if (!tensor.is_contiguous()) {
@@ -28,7 +28,7 @@ void add_spans(const std::vector<Tensor>& tensors, bool written, std::vector<Spa
       for (int64_t axis = 0; axis < tensor.dim(); ++axis) reach += (tensor.size(axis) - 1) * tensor.stride(axis);
     }
     const uintptr_t begin = reinterpret_cast<uintptr_t>(tensor.const_data_ptr());
-    to.push_back({begin, begin + reach * element_size(tensor.scalar_type()), n, written, &tensor});
+    to.push_back({begin, begin + reach * element_size(tensor.scalar_type()), n, partners.first + n, written, &tensor});
   }
 }
 
@@ -73,17 +73,17 @@ bool meet(const Tensor& one, const Tensor& other) {
 
 }  // namespace
 
-void check_apart(const char* op, const std::vector<Tensor>& written, const std::vector<Tensor>& read) {
+void check_apart(const char* op, std::initializer_list<Partners> written, std::initializer_list<Partners> read) {
   std::vector<Span> spans;
-  spans.reserve(written.size() + read.size());
-  add_spans(written, true, spans);
-  add_spans(read, false, spans);
+  for (const Partners& partners : written) add_spans(partners, true, spans);
+  for (const Partners& partners : read) add_spans(partners, false, spans);
   std::sort(spans.begin(), spans.end(), [](const Span& a, const Span& b) { return a.begin < b.begin; });
   for (size_t i = 0; i < spans.size(); ++i) {
     for (size_t j = i + 1; j < spans.size() && spans[j].begin < spans[i].end; ++j) {
       const Span &one = spans[i], &other = spans[j];
       if (!one.written && !other.written) continue;
-      if (one.written != other.written && one.n == other.n && lie_alike(*one.tensor, *other.tensor)) continue;
+      if (one.written != other.written && one.partner == other.partner && lie_alike(*one.tensor, *other.tensor))
+        continue;
       if (!meet(*one.tensor, *other.tensor)) continue;
       const Span& first = one.written ? one : other;
       refuse({op, "written", static_cast<int64_t>(first.n)}, "shares memory with another argument; pass a clone of it");

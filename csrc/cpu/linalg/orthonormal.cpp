@@ -126,7 +126,7 @@ void apply(const double* T, const double* X, int64_t r, int64_t ld, Memory& memo
 }
 
 // Columns `first` .. of A in fp32 as rows of padded(columns) numbers, the last ones zero; calls use(column, columns) of
-// every kFloatDepth of them, and a last few more, as soon as they are there.
+// every kFloatDepth of them as soon as they are there, the last few with zeros to a multiple of 16.
 template <typename Use>
 const float* floats(const Matrix& A, int64_t first, int64_t columns, Memory& memory, const Use& use) {
   const int64_t ld = padded(columns);
@@ -137,7 +137,7 @@ const float* floats(const Matrix& A, int64_t first, int64_t columns, Memory& mem
       micro<float>().widen(element(A, t, first + from), A.type, some, rows + t * ld + from);
       if (end == columns) std::fill(rows + t * ld + end, rows + (t + 1) * ld, 0.0f);
     }
-    use(from, end == columns ? ld - from : some);
+    use(from, (some + 15) / 16 * 16);  // whole vectors of any width, and no number of the next row
   }
   return rows;
 }

@@ -49,8 +49,8 @@ def fuse(model: nn.Module, *, strict: bool = False, memory: Memory = "default") 
     several active adapters, a base weight that trains, torch.compile.
 
     Where this machine's torch is slow at products of the model's dtype (bf16 and fp16 on a CPU without instructions for
-    them, fp32 on one with AMX or with AVX2 and no more), the model's other linear layers that don't train, such as
-    ``lm_head``, become ``FrozenLinear`` and compute by ``mbf.ops.frozen_linear``.
+    them, fp32 on one with AMX, with AVX2 and no more, or with AMD's AVX-512), the model's other linear layers that
+    don't train, such as ``lm_head``, become ``FrozenLinear`` and compute by ``mbf.ops.frozen_linear``.
 
     Args:
         model: any module with LoRA layers of PEFT in it.

@@ -148,6 +148,7 @@ def test_bad_input(given: tuple[Any, ...], error: type[Exception], message: str)
         ("AVX2, own products", True, True, True),
         ("baseline", False, True, True),
         ("AVX-512, native bf16", False, False, True),
+        ("AVX-512, native bf16, own products", True, False, True),
         ("AVX-512, native bf16, native fp16, fp32 on AMX", True, False, False),
         ("", False, False, False),
     ],

@@ -127,8 +127,10 @@ void multiply_columns(const Product& product, float* out, int64_t ldo, bool add)
 // What one thread does.
 void multiply_alone(const Product& product) {
   const int64_t depth = Cut(product.depth, kMostDepth, 8).size;
-  const Cut widths(product.columns,
-                   read_as_it_lies(product.left) ? std::min(kPanel / depth / 16 * 16, kMostColumns) : kMostColumns, 16);
+  const int64_t unit = gemm_loops()->columns;
+  const int64_t panel =
+      read_as_it_lies(product.left) ? std::min(kPanel / depth / unit * unit, kMostColumns) : kMostColumns;
+  const Cut widths(product.columns, panel, unit);
   if (product.out.type == ScalarType::Float) {
     for (int64_t column = 0; column < product.columns; column += widths.size) {
       const Product here = part(product, 0, product.rows, column, widths.at(column));
@@ -158,13 +160,14 @@ void multiply_alone(const Product& product) {
 // largest piece takes: its products, and the packing of a number of right and the copy of one of left (or its way into
 // the cache, where it is read as it lies) as so many of them.
 int64_t pieces_across(const Product& product, int64_t threads) {
+  const GemmLoops& loops = *gemm_loops();
   int64_t best = 1;
   double least = 0;
   for (int64_t across = 1; across <= threads; ++across) {
     if (threads % across != 0) continue;
     const int64_t down = threads / across;
-    const double columns = rounded_up((product.columns + across - 1) / across, 16);
-    const double rows = rounded_up((product.rows + down - 1) / down, 6);
+    const double columns = rounded_up((product.columns + across - 1) / across, loops.columns);
+    const double rows = rounded_up((product.rows + down - 1) / down, loops.rows);
     const double cost = rows * columns + 16 * columns + (read_as_it_lies(product.left) ? 2 : 20) * rows;
     if (across == 1 || cost < least) {
       best = across;
@@ -187,16 +190,17 @@ void multiply(const Product& product) {
   const int64_t threads = product.rows * product.columns * product.depth < kLeastWork
                               ? 1
                               : static_cast<int64_t>(torch::stable::get_num_threads());
+  const GemmLoops& loops = *gemm_loops();
   const int64_t across = pieces_across(product, threads), down = threads / across;
   const auto edge = [](int64_t whole, int64_t parts, int64_t n, int64_t unit) {
     return n == parts ? whole : std::min(whole, (whole + unit - 1) / unit * n / parts * unit);
   };
   parallel_for(0, threads, 1, [&](int64_t begin, int64_t end) {
     for (int64_t piece = begin; piece < end; ++piece) {
-      const int64_t row = edge(product.rows, down, piece / across, 6);
-      const int64_t column = edge(product.columns, across, piece % across, 16);
-      const int64_t rows = edge(product.rows, down, piece / across + 1, 6) - row;
-      const int64_t columns = edge(product.columns, across, piece % across + 1, 16) - column;
+      const int64_t row = edge(product.rows, down, piece / across, loops.rows);
+      const int64_t column = edge(product.columns, across, piece % across, loops.columns);
+      const int64_t rows = edge(product.rows, down, piece / across + 1, loops.rows) - row;
+      const int64_t columns = edge(product.columns, across, piece % across + 1, loops.columns) - column;
       if (rows > 0 && columns > 0) multiply_alone(part(product, row, rows, column, columns));
     }
   });

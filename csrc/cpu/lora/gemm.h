@@ -1,4 +1,5 @@
-// Products of whole matrices by inner loops of our own, on processors whose widest vectors are AVX2's.
+// Products of whole matrices by inner loops of our own, on processors whose widest vectors are AVX2's and, with
+// AVX-512, on those that Intel has not made.
 //
 // There the BLAS that torch carries stays an eighth below the multiply-adds that an AMD core can do, and the branch
 // has to visit its output again. Here a tile's accumulators begin with the branch, half types are widened on their way

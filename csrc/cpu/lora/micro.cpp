@@ -45,6 +45,15 @@ NativeHalves probe_halves() {
 }
 #endif
 
+#if defined(__x86_64__) && defined(__GNUC__)
+// On others' processors MKL keeps to vectors of 256 bits.
+bool made_by_intel() {
+  unsigned a = 0, b = 0, c = 0, d = 0;
+  return __get_cpuid(0, &a, &b, &c, &d) && b == signature_INTEL_ebx && c == signature_INTEL_ecx &&
+         d == signature_INTEL_edx;
+}
+#endif
+
 Level level() {
   static const Level found = probe();
   return found;
@@ -66,6 +75,8 @@ template const Micro<double>& micro<double>();
 
 const GemmLoops* gemm_loops() {
 #if defined(__x86_64__) && defined(__GNUC__)
+  static const bool narrow_blas = !made_by_intel();
+  if (level() == Level::kAvx512 && narrow_blas) return &avx512::gemm_loops();
   if (level() == Level::kAvx2) return &avx2::gemm_loops();
 #endif
   return nullptr;

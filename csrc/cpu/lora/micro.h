@@ -124,7 +124,8 @@ const GemmLoops& gemm_loops();
 namespace avx512 {
 template <typename C>
 const Micro<C>& micro();
-}
+const GemmLoops& gemm_loops();
+}  // namespace avx512
 
 // The best table for this machine. ATEN_CPU_CAPABILITY=default or avx2 lowers it, as it does torch's own kernels.
 template <typename C>

@@ -22,5 +22,9 @@ using torch::headeronly::Half;
 #define MBF_TILE_ROWS 8
 #define MBF_TILE_VECTORS 3
 #define MBF_DOT_RANKS 8
+#define MBF_GEMM_ROWS 12
+#define MBF_GEMM_VECTORS 2
 #include "micro/table.h"
+// What the table is made of serves products of whole matrices, too.
+#include "micro/gemm.h"
 #endif

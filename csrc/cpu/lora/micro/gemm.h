@@ -87,10 +87,12 @@ __attribute__((noinline)) void gemm_tile(const float* left, int64_t ldl, const f
     }
     if (k == middle) set_apart();
   }
-  MBF_UNROLL
-  for (int t = 0; t < R && apart; ++t) {
+  if (apart) {
     MBF_UNROLL
-    for (int n = 0; n < kGemmVectors; ++n) s[t][n] += before[t][n];
+    for (int t = 0; t < R; ++t) {
+      MBF_UNROLL
+      for (int n = 0; n < kGemmVectors; ++n) s[t][n] += before[t][n];
+    }
   }
   MBF_UNROLL
   for (int t = 0; t < R; ++t) {
@@ -102,34 +104,61 @@ __attribute__((noinline)) void gemm_tile(const float* left, int64_t ldl, const f
   }
 }
 
+// The last rows, in one tile, or they would pass over the sliver once more.
+template <int R>
+void gemm_rest(const float* left, int64_t ldl, int64_t rest, const float* sliver, int64_t depth, float* out,
+               int64_t ldo, const TileStart<float>& start, int64_t row) {
+  if constexpr (R > 0) {
+    if (rest == R) return gemm_tile<R>(left, ldl, sliver, depth, out, ldo, start, row);
+    gemm_rest<R - 1>(left, ldl, rest, sliver, depth, out, ldo, start, row);
+  }
+}
+
 void gemm_rows(const float* left, int64_t ldl, int64_t rows, const float* sliver, int64_t depth, float* out,
                int64_t ldo, const TileStart<float>& start) {
   int64_t t = 0;
-  const auto tile = [&](auto size) __attribute__((always_inline)) {
-    constexpr int R = decltype(size)::value;
-    gemm_tile<R>(left + t * ldl, ldl, sliver, depth, out + t * ldo, ldo, start, t);
-    t += R;
-  };
-  while (t + kGemmRows <= rows) tile(Size<kGemmRows>{});
-  const int64_t rest = rows - t;  // in one tile, or it would pass over the sliver once more
-  if (rest == 1) tile(Size<1>{});
-  if (rest == 2) tile(Size<2>{});
-  if (rest == 3) tile(Size<3>{});
-  if (rest == 4) tile(Size<4>{});
-  if (rest == 5) tile(Size<5>{});
-  static_assert(kGemmRows == 6);
+  for (; t + kGemmRows <= rows; t += kGemmRows) {
+    gemm_tile<kGemmRows>(left + t * ldl, ldl, sliver, depth, out + t * ldo, ldo, start, t);
+  }
+  gemm_rest<kGemmRows - 1>(left + t * ldl, ldl, rows - t, sliver, depth, out + t * ldo, ldo, start, t);
 }
 
-// Eight rows of eight numbers to columns, `ld` apart.
-MBF_INLINE void transpose_8(const Vec<float> (&rows)[8], float* to, int64_t ld) {
-  __m256 pairs[8], fours[8];
+// As many rows of numbers as they are long to columns, `ld` apart.
+MBF_INLINE void transpose(const Vec<float> (&rows)[kLanes<float>], float* to, int64_t ld) {
+  constexpr int L = kLanes<float>;
+  Vec<float> pairs[L], fours[L];  // fours[n + j]: columns j, j + 4, … of rows n to n + 3
+#if MBF_BYTES == 64
   MBF_UNROLL
-  for (int n = 0; n < 8; n += 2) {
+  for (int n = 0; n < L; n += 2) {
+    pairs[n] = _mm512_unpacklo_ps(rows[n], rows[n + 1]);
+    pairs[n + 1] = _mm512_unpackhi_ps(rows[n], rows[n + 1]);
+  }
+  MBF_UNROLL
+  for (int n = 0; n < L; n += 4) {
+    fours[n] = _mm512_shuffle_ps(pairs[n], pairs[n + 2], 0x44);
+    fours[n + 1] = _mm512_shuffle_ps(pairs[n], pairs[n + 2], 0xee);
+    fours[n + 2] = _mm512_shuffle_ps(pairs[n + 1], pairs[n + 3], 0x44);
+    fours[n + 3] = _mm512_shuffle_ps(pairs[n + 1], pairs[n + 3], 0xee);
+  }
+  MBF_UNROLL
+  for (int n = 0; n < 4; ++n) {
+    const __m512 even = _mm512_shuffle_f32x4(fours[n], fours[n + 4], 0x88);
+    const __m512 odd = _mm512_shuffle_f32x4(fours[n], fours[n + 4], 0xdd);
+    const __m512 even_below = _mm512_shuffle_f32x4(fours[n + 8], fours[n + 12], 0x88);
+    const __m512 odd_below = _mm512_shuffle_f32x4(fours[n + 8], fours[n + 12], 0xdd);
+    store(to + n * ld, _mm512_shuffle_f32x4(even, even_below, 0x88));
+    store(to + (n + 4) * ld, _mm512_shuffle_f32x4(odd, odd_below, 0x88));
+    store(to + (n + 8) * ld, _mm512_shuffle_f32x4(even, even_below, 0xdd));
+    store(to + (n + 12) * ld, _mm512_shuffle_f32x4(odd, odd_below, 0xdd));
+  }
+#else
+  MBF_UNROLL
+  for (int n = 0; n < L; n += 2) {
     pairs[n] = _mm256_unpacklo_ps(rows[n], rows[n + 1]);
     pairs[n + 1] = _mm256_unpackhi_ps(rows[n], rows[n + 1]);
   }
   MBF_UNROLL
-  for (int n = 0; n < 8; n += 4) {
+  for (int n = 0; n < L; n += 4) {
     fours[n] = _mm256_shuffle_ps(pairs[n], pairs[n + 2], 0x44);
     fours[n + 1] = _mm256_shuffle_ps(pairs[n], pairs[n + 2], 0xee);
     fours[n + 2] = _mm256_shuffle_ps(pairs[n + 1], pairs[n + 3], 0x44);
@@ -140,6 +169,7 @@ MBF_INLINE void transpose_8(const Vec<float> (&rows)[8], float* to, int64_t ld) 
     store(to + n * ld, _mm256_permute2f128_ps(fours[n], fours[n + 4], 0x20));
     store(to + (n + 4) * ld, _mm256_permute2f128_ps(fours[n], fours[n + 4], 0x31));
   }
+#endif
 }
 
 // Rows of right, a few at a time for all slivers: the processor fetches rows ahead, and not what lies across them.
@@ -172,7 +202,7 @@ void gemm_pack(const T* right, int64_t row, int64_t column, int64_t columns, int
           Vec<float> block[L];
           MBF_UNROLL
           for (int n = 0; n < L; ++n) block[n] = load(from + (part + n) * column + k);
-          transpose_8(block, to + k * kSliver + part, kSliver);
+          transpose(block, to + k * kSliver + part, kSliver);
         }
       }
     } else if (width == kSliver && column == 1) {

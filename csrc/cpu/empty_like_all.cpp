@@ -12,7 +12,7 @@
 namespace mbf::cpu {
 namespace {
 
-constexpr int64_t kWorth = int64_t{1} << 22;  // bytes from which on the first touch of many small pages costs more
+constexpr int64_t kWorth = int64_t{3} << 22;  // bytes from which on the first touch of many small pages costs more
 constexpr int64_t kLine = 64;                 // bytes of a cache line, on which every part begins
 
 // The elements that a part takes.

@@ -10,6 +10,7 @@ from torch import Tensor
 FORMS = ("plain", "rank gate", "sample gate", "token gate", "row gate", "scalar gate", "mix", "merged", "everything")
 LAYOUTS = ("packed", "unaligned", "padded rows", "columns", "every other column")
 SEED = 20_240_607
+SCALAR_DRAWS = 16  # of dy; two samples of a few errors are apart by more than a factor of two too often
 
 
 def operands(
@@ -101,20 +102,26 @@ def assert_accurate(got: dict[str, Tensor], torch_: dict[str, Tensor], exact: di
 
 
 def check_error_rule(function: Any, reference: Any, case: dict[str, Any], **terms: Any) -> None:
-    """The rule for y and every gradient; a scalar's is judged over several dy, as one alone may cancel to nothing."""
-    exact_case = tracked(case, torch.float64)
-    y = reference(**exact_case, **terms)
-    scalars: list[tuple[dict[str, Tensor], ...]] = []
-    for _ in range(6):
-        dy = torch.randn(y.shape, dtype=torch.float64).to(case.get("y", case["x"]).dtype)
-        exact = gradients(reference, exact_case, dy, **terms)
-        results = (
-            gradients(function, tracked(case), dy, **terms),
-            gradients(reference, tracked(case), dy, **terms),
-            exact,
-        )
-        if not scalars:
-            assert_accurate(*({n: v for n, v in found.items() if exact[n].dim()} for found in results))
-        scalars.append(tuple({n: v for n, v in found.items() if not exact[n].dim()} for found in results))
-    for name in scalars[0][-1]:
-        assert_accurate(*({name: torch.stack([one[name] for one in found])} for found in zip(*scalars, strict=True)))
+    """The rule for y and every gradient; a scalar's is judged over many dy, as one alone may cancel to nothing."""
+    made: list[tuple[Any, torch.dtype | None]] = [(function, None), (reference, None), (reference, torch.float64)]
+    shape = reference(**tracked(case, torch.float64), **terms).shape
+
+    def draw() -> Tensor:
+        return torch.randn(shape, dtype=torch.float64).to(case.get("y", case["x"]).dtype)
+
+    dy = draw()
+    found = [gradients(one, tracked(case, to), dy, **terms) for one, to in made]
+    scalars = [name for name, value in found[-1].items() if not value.dim()]
+    assert_accurate(*({name: value for name, value in one.items() if name not in scalars} for one in found))
+    if scalars:
+        dys = [draw() for _ in range(SCALAR_DRAWS)]
+        assert_accurate(*(scalar_gradients(one, tracked(case, to), scalars, dys, **terms) for one, to in made))
+
+
+def scalar_gradients(
+    function: Any, case: dict[str, Any], names: list[str], dys: list[Tensor], **terms: Any
+) -> dict[str, Tensor]:
+    """The gradient of each of these scalar operands for every dy."""
+    y, scalars = function(**case, **terms), [case[name] for name in names]
+    found = [torch.autograd.grad(y, scalars, dy.to(y.dtype), retain_graph=True) for dy in dys]
+    return {name: torch.stack(values) for name, values in zip(names, zip(*found, strict=True), strict=True)}

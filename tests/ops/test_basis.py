@@ -244,10 +244,11 @@ def test_opcheck(case):
     torch.library.opcheck(torch.ops.mbf.orthonormal_rows.default, (inputs,))
 
 
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
-def test_so_much_that_it_goes_past_the_caches(dtype):
-    """From 8 MiB of results on; rows that begin anywhere, and end within a vector."""
-    A = [torch.randn(r, 4099).to(dtype) for r in (1, 7, 8, 40, 64)] * (9 if dtype == torch.float32 else 18)
+@pytest.mark.parametrize("width", [4099, 4104, 4112])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16], ids=str)
+def test_so_much_that_it_goes_past_the_caches(dtype, width):
+    """From 8 MiB of results on, where rows begin on whole vectors; or else anywhere, and end within a vector."""
+    A = [torch.randn(r, width).to(dtype) for r in (1, 7, 8, 40, 64)] * (9 if dtype == torch.float32 else 18)
     Q = orthonormal_rows(A)
     assert all(torch.equal(q, orthonormal_rows(matrix)) for q, matrix in zip(Q, A, strict=True))
     assert max(map(gram_error, Q)) <= 2 * torch.finfo(dtype).eps

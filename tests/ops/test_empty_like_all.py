@@ -32,17 +32,17 @@ def test_shapes_dtypes_and_nothing_in_common(backend, count):
 @native
 def test_what_is_large_together_is_one_allocation_a_dtype():
     """It begins on a huge page, every part on a cache line; what is small, and each alone, has its own."""
-    like = [torch.zeros(r, 4099, dtype=dtype) for r in (3, 60) for dtype in (torch.float32, torch.bfloat16)] * 8
+    like = [torch.zeros(r, 4099, dtype=dtype) for r in (3, 60) for dtype in (torch.float32, torch.bfloat16)] * 16
     found = empty_like_all(like)
     storages = {d: {t.untyped_storage().data_ptr() for t in found if t.dtype == d} for d in {t.dtype for t in found}}
-    assert len(storages[torch.float32]) == 1 and len(storages[torch.bfloat16]) == 16
+    assert len(storages[torch.float32]) == 1 and len(storages[torch.bfloat16]) == 32
     assert found[0].data_ptr() % (1 << 21) == 0
     assert all(tensor.data_ptr() % 64 == 0 for tensor in found)
 
 
 def test_to_autograd_each_is_a_tensor_of_its_own():
     """A change of one in place is none of another, though they are of one allocation."""
-    first, second = empty_like_all([torch.zeros(64, 8192), torch.zeros(64, 8192)])
+    first, second = empty_like_all([torch.zeros(256, 8192), torch.zeros(256, 8192)])
     first.fill_(1.0), second.fill_(2.0)
     weight = torch.ones((), requires_grad=True)
     loss = (first * weight).sum()  # saves first

@@ -9,7 +9,7 @@ from __future__ import annotations
 import contextlib
 import ctypes
 import gc
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from random import Random
 
 import pytest
@@ -26,6 +26,15 @@ class MallocInfo(ctypes.Structure):
     """``struct mallinfo2`` of glibc 2.33; the numbers of pieces that stand between have no names here."""
 
     _fields_ = [(name, ctypes.c_size_t) for name in (*"abcd", "hblkhd", *"efg"[:2], "used", "free", "top")]
+
+
+@pytest.fixture(autouse=True, scope="module")
+def little_to_collect() -> Iterator[None]:
+    """What other tests have left is not looked at again by every collection: that would take most of the time."""
+    gc.collect()
+    gc.freeze()
+    yield
+    gc.unfreeze()
 
 
 def in_use() -> int:

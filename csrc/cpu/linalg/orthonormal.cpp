@@ -15,8 +15,7 @@ namespace mbf::cpu::linalg {
 namespace {
 
 constexpr int64_t kBlock = 32768;  // numbers of a block of columns in fp64: 256 KiB, for the second-level cache
-constexpr int64_t kPanel = 4;      // rows of a triangle that are taken as a rectangle
-constexpr int64_t kSlab = 240;     // columns of Q in fp32 or less that are made at a time: whole tiles and lines
+constexpr int64_t kPanel = kTrianglePanel;
 constexpr double kOneRound = 3e3;  // the condition up to which one round leaves Q Qᵀ − I below 1e-8
 constexpr double kInFloats = 2;    // the length of L⁻¹'s rows up to which Q = L⁻¹ A loses nothing in fp32
 constexpr double kFloatLengths[2] = {1e-30, 1e30};  // of rows whose inverses fp32 holds to its last place
@@ -158,29 +157,6 @@ std::vector<float> in_panels(const std::vector<double>& T, int64_t r) {
   return out;
 }
 
-// Q = T rows for columns of A, where Q lies; T as in_panels gives it. Streamed, Q goes past the caches.
-void apply_in_floats(const std::vector<float>& T, const float* rows, const Matrix& A, int64_t first, int64_t columns,
-                     void* Q, bool streamed) {
-  const Micro<float>& loops = micro<float>();
-  const int64_t ld = padded(columns), size = element_size(A.type);
-  alignas(64) char made[kPanel * kSlab * sizeof(float)];
-  for (int64_t c = 0; c < columns; c += kSlab) {
-    const int64_t width = std::min(kSlab, columns - c);
-    const float* factors = T.data();
-    char* to = static_cast<char*>(Q) + (element(A, 0, first + c) - static_cast<const char*>(A.data));
-    for (int64_t panel = 0; panel < A.r; panel += kPanel) {
-      const int64_t some = std::min(kPanel, A.r - panel), depth = panel + some;
-      const Rows out = streamed ? Rows{made, A.type, kSlab} : Rows{to, A.type, A.d};
-      loops.expand(out, some, width, factors, depth, rows + c, ld, {}, false);
-      for (int64_t t = 0; streamed && t < some; ++t) {
-        stream(made + t * kSlab * size, width * size, to + t * A.d * size);
-      }
-      factors += some * depth;
-      to += some * A.d * size;
-    }
-  }
-}
-
 // Calls use(first column, columns, rows of `ld` numbers) for blocks of the columns of A, of T A, or of U T A.
 template <typename Use>
 void in_blocks(const Matrix& A, const std::vector<double>& T, const std::vector<double>& U, const Use& use) {
@@ -320,7 +296,8 @@ void Orthonormal::write(void* Q, bool past_caches) const {
   for (int64_t first = 0; first < A_.d; first += most) {
     const int64_t columns = std::min(most, A_.d - first);
     const float* rows = rows_ != nullptr ? rows_ : floats(A_, first, columns, memory, [](int64_t, int64_t) {});
-    apply_in_floats(in_floats_, rows, A_, first, columns, Q, past_caches);
+    char* to = static_cast<char*>(Q) + first * element_size(A_.type);
+    micro<float>().triangle(in_floats_.data(), A_.r, rows, padded(columns), columns, {to, A_.type, A_.d}, past_caches);
   }
   if (past_caches) streamed();
 }

@@ -15,6 +15,7 @@
 #include "philox.h"
 #include "project.h"
 #include "thin.h"
+#include "triangle.h"
 #include "turn.h"
 
 namespace mbf::cpu::MBF_ISA {
@@ -52,6 +53,11 @@ void outer(Rows x, int64_t rows, int64_t columns, const C* z, int64_t r, Mask ma
 }
 
 template <typename C>
+void triangle(const C* panels, int64_t r, const C* x, int64_t ldx, int64_t columns, Rows q, bool past_caches) {
+  with_type<C>(q.type, q.data, [&](auto* p) { triangle_rows<C>(panels, r, x, ldx, columns, p, q.ld, past_caches); });
+}
+
+template <typename C>
 void widen(const void* from, ScalarType type, int64_t n, C* to) {
   with_type<C>(type, const_cast<void*>(from), [&](auto* p) {
     int64_t i = 0;
@@ -79,9 +85,9 @@ void add(const void* y, ScalarType type, const C* v, C factor, int64_t n, void* 
 
 template <typename C>
 const Micro<C>& micro() {
-  static constexpr Micro<C> table = {kLanes<C>,         project<C>,     expand<C>, outer<C>,  gram<C>,
-                                     thin<C>,           mask_bits,      widen<C>,  narrow<C>, gated<C>,
-                                     gated_backward<C>, keep_scaled<C>, turn<C>,   add<C>};
+  static constexpr Micro<C> table = {kLanes<C>,   project<C>,        expand<C>,      outer<C>, gram<C>,
+                                     triangle<C>, thin<C>,           mask_bits,      widen<C>, narrow<C>,
+                                     gated<C>,    gated_backward<C>, keep_scaled<C>, turn<C>,  add<C>};
   return table;
 }
 

@@ -15,11 +15,11 @@ void outer_rows(const T* x, int64_t ldx, int64_t rows, int64_t columns, const C*
   const bool crowded = ldx * static_cast<int64_t>(sizeof(T)) % 2048 == 0;
   // With vectors of 64 bytes a mask costs little, and a visit serves twice as many ranks.
   constexpr bool wide = MBF_BYTES == 64;
-  if (mask.bits == nullptr && (wide || visits == 1 || (visits == 2 && !crowded))) {
+  if (mask.bits == nullptr && (visits == 1 || (!crowded && (wide || visits == 2)))) {
     product<C, T, C, Masked::kNothing>(r, columns, rows, z, 1, r, x, ldx, g, ldg, mask, add);
     return;
   }
-  if (visits == 1 || (wide && !copies(visits))) {
+  if (mask.bits != nullptr && (visits == 1 || (wide && !copies(visits)))) {
     product<C, T, C, Masked::kFactor>(r, columns, rows, z, 1, r, x, ldx, g, ldg, mask, add);
     return;
   }

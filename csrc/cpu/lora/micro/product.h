@@ -91,6 +91,12 @@ void product(int64_t rows, int64_t columns, int64_t depth, const C* a, int64_t a
   for (; n + N * L <= columns; n += N * L, mask.first += N * L) {
     product_panel<C, B, Out, N, masked>(rows, depth, a, ai, ak, b + n, ldb, c + n, ldc, mask, add, L);
   }
+#if MBF_BYTES == 64
+  // So few are left that vectors side by side share what is broadcast.
+  for (; n + 2 * L <= columns; n += 2 * L, mask.first += 2 * L) {
+    product_panel<C, B, Out, 2, masked>(rows, depth, a, ai, ak, b + n, ldb, c + n, ldc, mask, add, L);
+  }
+#endif
   for (; n < columns; n += L, mask.first += L) {
     const int64_t last = columns - n < L ? columns - n : L;
     product_panel<C, B, Out, 1, masked>(rows, depth, a, ai, ak, b + n, ldb, c + n, ldc, mask, add, last);

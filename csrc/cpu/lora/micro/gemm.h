@@ -123,25 +123,42 @@ void gemm_rows(const float* left, int64_t ldl, int64_t rows, const float* sliver
   gemm_rest<kGemmRows - 1>(left + t * ldl, ldl, rows - t, sliver, depth, out + t * ldo, ldo, start, t);
 }
 
+// Within every four numbers of both: the first two of each in turns, the last two, or two of each as `how` names them.
+#if MBF_BYTES == 64
+MBF_INLINE Vec<float> firsts(Vec<float> a, Vec<float> b) { return _mm512_unpacklo_ps(a, b); }
+MBF_INLINE Vec<float> lasts(Vec<float> a, Vec<float> b) { return _mm512_unpackhi_ps(a, b); }
+template <int how>
+MBF_INLINE Vec<float> pairs_of(Vec<float> a, Vec<float> b) {
+  return _mm512_shuffle_ps(a, b, how);
+}
+#else
+MBF_INLINE Vec<float> firsts(Vec<float> a, Vec<float> b) { return _mm256_unpacklo_ps(a, b); }
+MBF_INLINE Vec<float> lasts(Vec<float> a, Vec<float> b) { return _mm256_unpackhi_ps(a, b); }
+template <int how>
+MBF_INLINE Vec<float> pairs_of(Vec<float> a, Vec<float> b) {
+  return _mm256_shuffle_ps(a, b, how);
+}
+#endif
+
 // As many rows of numbers as they are long to columns, `ld` apart.
 MBF_INLINE void transpose(const Vec<float> (&rows)[kLanes<float>], float* to, int64_t ld) {
   constexpr int L = kLanes<float>;
   Vec<float> pairs[L], fours[L];  // fours[n + j]: columns j, j + 4, … of rows n to n + 3
-#if MBF_BYTES == 64
   MBF_UNROLL
   for (int n = 0; n < L; n += 2) {
-    pairs[n] = _mm512_unpacklo_ps(rows[n], rows[n + 1]);
-    pairs[n + 1] = _mm512_unpackhi_ps(rows[n], rows[n + 1]);
+    pairs[n] = firsts(rows[n], rows[n + 1]);
+    pairs[n + 1] = lasts(rows[n], rows[n + 1]);
   }
   MBF_UNROLL
   for (int n = 0; n < L; n += 4) {
-    fours[n] = _mm512_shuffle_ps(pairs[n], pairs[n + 2], 0x44);
-    fours[n + 1] = _mm512_shuffle_ps(pairs[n], pairs[n + 2], 0xee);
-    fours[n + 2] = _mm512_shuffle_ps(pairs[n + 1], pairs[n + 3], 0x44);
-    fours[n + 3] = _mm512_shuffle_ps(pairs[n + 1], pairs[n + 3], 0xee);
+    fours[n] = pairs_of<0x44>(pairs[n], pairs[n + 2]);
+    fours[n + 1] = pairs_of<0xee>(pairs[n], pairs[n + 2]);
+    fours[n + 2] = pairs_of<0x44>(pairs[n + 1], pairs[n + 3]);
+    fours[n + 3] = pairs_of<0xee>(pairs[n + 1], pairs[n + 3]);
   }
   MBF_UNROLL
   for (int n = 0; n < 4; ++n) {
+#if MBF_BYTES == 64
     const __m512 even = _mm512_shuffle_f32x4(fours[n], fours[n + 4], 0x88);
     const __m512 odd = _mm512_shuffle_f32x4(fours[n], fours[n + 4], 0xdd);
     const __m512 even_below = _mm512_shuffle_f32x4(fours[n + 8], fours[n + 12], 0x88);
@@ -150,26 +167,11 @@ MBF_INLINE void transpose(const Vec<float> (&rows)[kLanes<float>], float* to, in
     store(to + (n + 4) * ld, _mm512_shuffle_f32x4(odd, odd_below, 0x88));
     store(to + (n + 8) * ld, _mm512_shuffle_f32x4(even, even_below, 0xdd));
     store(to + (n + 12) * ld, _mm512_shuffle_f32x4(odd, odd_below, 0xdd));
-  }
 #else
-  MBF_UNROLL
-  for (int n = 0; n < L; n += 2) {
-    pairs[n] = _mm256_unpacklo_ps(rows[n], rows[n + 1]);
-    pairs[n + 1] = _mm256_unpackhi_ps(rows[n], rows[n + 1]);
-  }
-  MBF_UNROLL
-  for (int n = 0; n < L; n += 4) {
-    fours[n] = _mm256_shuffle_ps(pairs[n], pairs[n + 2], 0x44);
-    fours[n + 1] = _mm256_shuffle_ps(pairs[n], pairs[n + 2], 0xee);
-    fours[n + 2] = _mm256_shuffle_ps(pairs[n + 1], pairs[n + 3], 0x44);
-    fours[n + 3] = _mm256_shuffle_ps(pairs[n + 1], pairs[n + 3], 0xee);
-  }
-  MBF_UNROLL
-  for (int n = 0; n < 4; ++n) {
     store(to + n * ld, _mm256_permute2f128_ps(fours[n], fours[n + 4], 0x20));
     store(to + (n + 4) * ld, _mm256_permute2f128_ps(fours[n], fours[n + 4], 0x31));
-  }
 #endif
+  }
 }
 
 // Rows of right, a few at a time for all slivers: the processor fetches rows ahead, and not what lies across them.

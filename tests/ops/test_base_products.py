@@ -218,6 +218,17 @@ def test_what_is_not_finite_goes_the_way_of_ieee() -> None:
         assert found.isfinite().all(1).sum() == 127
 
 
+@pytest.mark.parametrize("rows", range(48, 60))
+def test_every_rest_of_a_tile(rows: int) -> None:
+    """Tiles of our own loops have six or twelve rows, and slivers sixteen or thirty-two columns."""
+    for d_in, d_out in ((32, 33), (40, 48), (386, 79)):
+        x, weight = torch.randint(-8, 8, (rows, d_in)).float(), torch.randint(-8, 8, (d_out, d_in)).float()
+        y = frozen_linear(x, weight)
+        assert torch.equal(y.double(), x.double() @ weight.double().mT)
+        dx = torch.ops.mbf.frozen_linear_backward(y.remainder(8), weight)
+        assert torch.equal(dx.double(), y.remainder(8).double() @ weight.double())
+
+
 @only_with(OWN)
 def test_our_loops_made_it() -> None:
     """They sum two halves of a depth of 576, each in order: beside 2²⁴ the ones of the first are lost."""

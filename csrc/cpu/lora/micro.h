@@ -65,7 +65,7 @@ struct Micro {
   // g[i, j] += Σ_k x[i, k] x[j, k] for j ≤ i < r, and some above the diagonal; columns a multiple of lanes.
   void (*gram)(const C* x, int64_t r, int64_t columns, int64_t ld, Ahead ahead, double* g);
 
-  // Rows of q = T x for a lower triangle T [r, r], x's rows padded, q over x or not; x and q from the same column on. T
+  // Rows of q = T x for a lower triangle T [r, r], x's rows padded, q not over x; both from the same column on. T
   // comes in panels of kTrianglePanel rows, each as many numbers a row as the panel is deep. Where q can be written
   // past the caches and this is asked, other threads may see it only after streamed().
   void (*triangle)(const C* panels, int64_t r, const C* x, int64_t ldx, int64_t columns, Rows q, bool past_caches);

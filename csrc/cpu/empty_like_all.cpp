@@ -15,7 +15,7 @@ namespace {
 // Bytes from which on the results are mostly memory not touched before, and the first touch of many small pages costs
 // more than that of a few huge ones. Less is mostly found, piece by piece, in what was given back.
 constexpr int64_t kWorth = int64_t{3} << 22;
-constexpr int64_t kLine = 64;                 // bytes of a cache line, on which every part begins
+constexpr int64_t kLine = 64;  // bytes of a cache line, on which every part begins
 
 // The elements that a part takes.
 int64_t room(const Tensor& tensor) {

@@ -58,8 +58,8 @@ def frozen_linear(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tens
 
     On a CPU that cannot multiply bf16 or fp16, where torch has slow loops of its own, tiles of W are widened into the
     fp32 BLAS in both directions; on one with AMX, fp32 is multiplied on its bf16 tiles to fp32 accuracy; on one with
-    AVX2 and no more, both are by loops of mbf's own, and so is fp32 on AMD's with AVX-512. Elsewhere it computes as
-    torch does: ``gains`` says where.
+    AVX2 and no more, or with AMD's AVX-512, both are by loops of mbf's own. Elsewhere it computes as torch does:
+    ``gains`` says where.
     Under ``torch.autocast`` it is in autocast's dtype.
     Differentiable once in x. Nothing but W is kept for backward.
 

@@ -15,7 +15,6 @@ namespace mbf::cpu::linalg {
 namespace {
 
 constexpr int64_t kBlock = 32768;  // numbers of a block of columns in fp64: 256 KiB, for the second-level cache
-constexpr int64_t kPanel = kTrianglePanel;
 constexpr double kOneRound = 3e3;  // the condition up to which one round leaves Q Qᵀ − I below 1e-8
 constexpr double kInFloats = 2;    // the length of L⁻¹'s rows up to which Q = L⁻¹ A loses nothing in fp32
 constexpr double kFloatLengths[2] = {1e-30, 1e30};  // of rows whose inverses fp32 holds to its last place
@@ -32,9 +31,9 @@ int64_t block_columns(int64_t r) { return std::max<int64_t>(64, kBlock / r / 8 *
 // The same in fp32, in half the memory of two blocks.
 int64_t float_columns(int64_t r) { return 2 * block_columns(r); }
 
-// Memory of the calling thread, which lasts: two blocks, and what a panel of a triangle takes.
+// Memory of the calling thread, which lasts: two blocks, and a row of one in fp32.
 struct Memory {
-  Scratch<double> blocks[2], panel;
+  Scratch<double> blocks[2];
   Scratch<float> row;
   int64_t size = 0, width = 0;
 
@@ -45,9 +44,8 @@ struct Memory {
       memory.size = std::max(2 * kBlock, r * padded(columns));
       for (auto& block : memory.blocks) block = Scratch<double>(memory.size);
     }
-    if (memory.width < std::max(r, padded(columns))) {
-      memory.width = std::max(r, padded(columns));
-      memory.panel = Scratch<double>(kPanel * memory.width);
+    if (memory.width < padded(columns)) {
+      memory.width = padded(columns);
       memory.row = Scratch<float>(memory.width);
     }
     return memory;
@@ -114,16 +112,6 @@ void store(const double* from, int64_t ld, const Matrix& A, int64_t first, int64
   }
 }
 
-// Y = T X for a lower triangle T [r, r].
-void apply(const double* T, const double* X, int64_t r, int64_t ld, Memory& memory, double* Y) {
-  double* factors = memory.panel.get();
-  for (int64_t first = 0; first < r; first += kPanel) {
-    const int64_t rows = std::min(kPanel, r - first), depth = first + rows;
-    for (int64_t t = 0; t < rows; ++t) std::copy_n(T + (first + t) * r, depth, factors + t * depth);
-    micro<double>().expand({Y + first * ld, ScalarType::Double, ld}, rows, ld, factors, depth, X, ld, {}, false);
-  }
-}
-
 // Columns `first` .. of A in fp32 as rows of padded(columns) numbers, the last ones zero; calls use(column, columns) of
 // every kFloatDepth of them as soon as they are there, the last few with zeros to a multiple of 16.
 template <typename Use>
@@ -147,12 +135,13 @@ Ahead ahead_of(const Matrix& A, int64_t column) {
   return {element(A, 0, column), A.d * size, A.r, size};
 }
 
-// A lower triangle [r, r] in fp32, panel by panel: rows of as many numbers as the panel is deep.
-std::vector<float> in_panels(const std::vector<double>& T, int64_t r) {
-  std::vector<float> out;
-  for (int64_t first = 0; first < r; first += kPanel) {
-    const int64_t rows = std::min(kPanel, r - first), depth = first + rows;
-    for (int64_t t = first; t < first + rows; ++t) out.insert(out.end(), &T[t * r], &T[t * r] + depth);
+// A lower triangle [r, r] as micro.h takes it, panel by panel: rows of as many numbers as the panel is deep.
+template <typename C>
+std::vector<C> in_panels(const std::vector<double>& T, int64_t r) {
+  std::vector<C> out;
+  for (int64_t first = 0; first < r; first += kTrianglePanel) {
+    const int64_t depth = std::min(first + kTrianglePanel, r);
+    for (int64_t t = first; t < depth; ++t) out.insert(out.end(), &T[t * r], &T[t * r] + depth);
   }
   return out;
 }
@@ -162,13 +151,16 @@ template <typename Use>
 void in_blocks(const Matrix& A, const std::vector<double>& T, const std::vector<double>& U, const Use& use) {
   Memory& memory = Memory::of(A.r);
   const int64_t most = block_columns(A.r);
+  std::vector<std::vector<double>> triangles;
+  for (const auto* triangle : {&T, &U}) {
+    if (!triangle->empty()) triangles.push_back(in_panels<double>(*triangle, A.r));
+  }
   for (int64_t first = 0; first < A.d; first += most) {
     const int64_t columns = std::min(most, A.d - first), ld = padded(columns);
     double *here = memory.blocks[0].get(), *other = memory.blocks[1].get();
     read(A, first, columns, memory, here, ld);
-    for (const auto* triangle : {&T, &U}) {
-      if (triangle->empty()) continue;
-      apply(triangle->data(), here, A.r, ld, memory, other);
+    for (const auto& triangle : triangles) {
+      micro<double>().triangle(triangle.data(), A.r, here, ld, ld, {other, ScalarType::Double, ld}, false);
       std::swap(here, other);
     }
     use(first, columns, here, ld, memory);
@@ -201,7 +193,7 @@ Orthonormal::Orthonormal(const Matrix& A, const Matrix* next) : A_(A), length_(A
   if (A.type != ScalarType::Double && condition <= kOneRound) {
     const auto [least, most] = std::minmax_element(length_.begin(), length_.end());
     if (longest <= kInFloats && *least >= kFloatLengths[0] && *most <= kFloatLengths[1]) {
-      in_floats_ = in_panels(inverse_[0], r);
+      in_floats_ = in_panels<float>(inverse_[0], r);
     }
     return;
   }
@@ -269,7 +261,7 @@ bool Orthonormal::try_in_floats(const Matrix* next) {
     return false;
   }
   fold_lengths();
-  in_floats_ = in_panels(inverse_[0], r);
+  in_floats_ = in_panels<float>(inverse_[0], r);
   if (A_.d <= most) rows_ = rows;
   return true;
 }

@@ -196,7 +196,7 @@ void Lilora<C>::read_dy(const Rows& dy, const Tensor& h, int64_t from, int64_t t
     micro_.widen(saved.at(row).data, saved.type, some * r_, here.get());
     if (asked.of_z()) {
       route(here.get(), some, asked.B, asked.Eb, u.get(), z.get());
-      micro_.outer(block, some, d_out_, z.get(), width, {}, sums.up.get() + chunk * width * ldo_, ldo_, later);
+      micro_.outer(block, some, d_out_, z.get(), width, {}, {}, sums.up.get() + chunk * width * ldo_, ldo_, later);
     }
     if (!asked.of_p()) continue;
     micro_.project(block, some, d_out_, up_.get(), ldo_, ranks(), {}, pq.get());
@@ -207,7 +207,7 @@ void Lilora<C>::read_dy(const Rows& dy, const Tensor& h, int64_t from, int64_t t
     }
     micro_.expand(as_rows(t.get(), r_), some, r_, q.get(), inner_, ea_.get(), ldr_, {}, false);
     if (asked.Ea) {
-      micro_.outer(as_rows(here.get(), r_), some, r_, q.get(), inner_, {}, sums.ea.get() + chunk * inner_ * r_, r_,
+      micro_.outer(as_rows(here.get(), r_), some, r_, q.get(), inner_, {}, {}, sums.ea.get() + chunk * inner_ * r_, r_,
                    later);
     }
     if (asked.numbers()) {

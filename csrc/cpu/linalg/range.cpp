@@ -3,6 +3,7 @@
 #include <algorithm>
 #include <cmath>
 
+#include "../lora/arithmetic.h"
 #include "finite.h"
 #include "sketch.h"
 
@@ -16,14 +17,19 @@ constexpr int64_t kBlockRows = 48;
 template <typename C>
 constexpr double kShortest = sizeof(C) == 8 ? 1e-130 : 1e-25;
 
+// Rows from one on, as what is read next.
+Ahead ahead_of(const Rows& M, int64_t row, int64_t end) {
+  const int64_t size = element_size(M.type);
+  return {static_cast<const char*>(M.at(row).data), M.ld * size, end - row, size};
+}
+
 }  // namespace
 
+// Rows of so many numbers, zeros behind them, and never a power of two apart, where they would share few sets of the
+// caches.
 template <typename C>
 RangeFinder<C>::RangeFinder(Matrix M, int64_t k, int64_t n_iter, uint64_t seed)
-    : M_(M), k_(k), n_iter_(n_iter), seed_(seed) {
-  const int64_t lanes = micro<C>().lanes;
-  padded_ = (k + lanes - 1) / lanes * lanes;
-}
+    : M_(M), k_(k), n_iter_(n_iter), ld_(padded(M.d, micro<C>().lanes) + 16), seed_(seed) {}
 
 template <typename C>
 int64_t RangeFinder<C>::strips() const {
@@ -32,24 +38,11 @@ int64_t RangeFinder<C>::strips() const {
 
 template <typename C>
 void RangeFinder<C>::begin() {
-  V_ = Scratch<C>(M_.d * padded_);
-  std::fill(V_.get(), V_.get() + M_.d * padded_, C(0));
+  V_ = Scratch<C>(k_ * ld_);
+  std::fill_n(V_.get(), k_ * ld_, C(0));
   Y_.resize(M_.r * k_);
   Z_.resize(strips());
-  sketch(seed_, M_.d * k_, [&](int64_t e, float number) { V_[e / k_ * padded_ + e % k_] = number; });
-}
-
-// y [rows, k] = rows of M times V.
-template <typename C>
-void RangeFinder<C>::multiply(int64_t row, int64_t rows, C* y) const {
-  const Micro<C>& loops = micro<C>();
-  const char* from = static_cast<const char*>(M_.data) + row * M_.d * element_size(M_.type);
-  const bool plain = element_size(M_.type) == sizeof(C);
-  const Scratch<C> wide(plain ? 0 : rows * M_.d), padded(rows * padded_);
-  if (!plain) loops.widen(from, M_.type, rows * M_.d, wide.get());
-  const C* numbers = plain ? reinterpret_cast<const C*>(from) : wide.get();
-  loops.thin(numbers, M_.d, rows, M_.d, V_.get(), padded_, padded.get());
-  for (int64_t t = 0; t < rows; ++t) std::copy_n(&padded[t * padded_], k_, y + t * k_);
+  sketch(seed_, M_.d * k_, [&](int64_t e, float number) { V_[e % k_ * ld_ + e / k_] = number; });
 }
 
 template <typename C>
@@ -64,8 +57,9 @@ void RangeFinder<C>::strip(int64_t phase, int64_t n) {
   for (int64_t row = begin; row < end; row += kBlockRows) {
     const int64_t rows = std::min(kBlockRows, end - row);
     C* y = here.empty() ? &Y_[row * k_] : here.data();
-    if (!last) multiply(row, rows, y);
-    if (down) loops.outer(M.at(row), rows, M_.d, y, k_, {}, Z_[n].data(), M_.d, row > begin);
+    if (!last) loops.project(M.at(row), rows, M_.d, V_.get(), ld_, k_, {}, y);
+    if (down)
+      loops.outer(M.at(row), rows, M_.d, y, k_, {}, ahead_of(M, row + rows, end), Z_[n].data(), M_.d, row > begin);
   }
 }
 
@@ -103,15 +97,13 @@ void RangeFinder<C>::refine() {
   if (fast.status() == kDone) {
     std::vector<C> Q(k_ * n);
     fast.write(Q.data());
-    for (int64_t i = 0; i < n; ++i) {
-      for (int64_t j = 0; j < k_; ++j) V_[i * padded_ + j] = Q[j * n + i];
-    }
+    for (int64_t j = 0; j < k_; ++j) std::copy_n(&Q[j * n], n, &V_[j * ld_]);
     return;
   }
   std::vector<double> rows(Z.begin(), Z.begin() + k_ * n);
   make_orthonormal(rows, k_, n);
-  for (int64_t i = 0; i < n; ++i) {
-    for (int64_t j = 0; j < k_; ++j) V_[i * padded_ + j] = static_cast<C>(rows[j * n + i]);
+  for (int64_t j = 0; j < k_; ++j) {
+    for (int64_t i = 0; i < n; ++i) V_[j * ld_ + i] = static_cast<C>(rows[j * n + i]);
   }
 }
 

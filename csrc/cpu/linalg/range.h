@@ -36,17 +36,16 @@ class RangeFinder {
   Status status() const { return status_; }
 
  private:
-  void multiply(int64_t row, int64_t rows, C* y) const;
   void check_range();
   void sum_strips();
   void refine();
   void finish_left();
 
   Matrix M_;
-  int64_t k_, n_iter_, padded_;
+  int64_t k_, n_iter_, ld_;
   uint64_t seed_;
   Status status_ = kDone;
-  Scratch<C> V_;                   // [n, padded_]
+  Scratch<C> V_;                   // Vᵀ [k, n], rows of ld_ numbers
   std::vector<C> Y_;               // [m, k]
   std::vector<std::vector<C>> Z_;  // [k, n], a sum for each strip
   std::vector<double> left_;       // Qᵀ [k, m]

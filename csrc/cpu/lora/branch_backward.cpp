@@ -66,8 +66,8 @@ void BranchBackward<C>::read_dy(int64_t chunk, const std::vector<Rows>& dys, con
           for (int64_t i = 0; i < count; ++i) z[i] = scale * routed.z[i];
           factor = z.get();
         }
-        inner.outer(dy, rows, branch.d_out_, factor, r, {}, sums_[n].dBt.get() + chunk * r * branch.lde_, branch.lde_,
-                    later);
+        inner.outer(dy, rows, branch.d_out_, factor, r, {}, {}, sums_[n].dBt.get() + chunk * r * branch.lde_,
+                    branch.lde_, later);
       }
       if (asked.gate) {
         for (int64_t i = 0; i < count; ++i) sums_[n].dgate[t * r + i] = dz[i] * routed.u[i];
@@ -79,7 +79,7 @@ void BranchBackward<C>::read_dy(int64_t chunk, const std::vector<Rows>& dys, con
         }
       }
       if (asked.mix) {
-        inner.outer(as_rows(h.get(), r), rows, r, dz.get(), r, {}, sums_[n].dmix.get() + chunk * r * r, r, later);
+        inner.outer(as_rows(h.get(), r), rows, r, dz.get(), r, {}, {}, sums_[n].dmix.get() + chunk * r * r, r, later);
       }
       if (!need_dh) continue;
       C* dh = sums_[n].dh.get() + t * r;
@@ -112,7 +112,7 @@ void BranchBackward<C>::visit(int64_t row_chunk, int64_t column_chunk, Rows x, R
       const C* dh = sums_[n].dh.get() + t * r;
       const Mask mask = branch.mask(t, rows, column, columns, bits);
       if (asked_[n].A) {
-        inner.outer(x.at(t - from), rows, columns, dh, r, mask,
+        inner.outer(x.at(t - from), rows, columns, dh, r, mask, {},
                     sums_[n].dA.get() + row_chunk * r * branch.lda_ + column, branch.lda_, t > from);
       }
       if (need_dx_) {
@@ -146,7 +146,7 @@ void BranchBackward<C>::read_x(int64_t chunk, Rows x) {
       if (!asked_[n].A) continue;
       Mask mask = branch.mask_at(masks_from_, sums_[n].masks.get());
       mask.first += (t - masks_from_) * mask.ld;
-      inner.outer(x.at(t - from), rows, branch.d_in_, sums_[n].dh.get() + t * branch.r_, branch.r_, mask,
+      inner.outer(x.at(t - from), rows, branch.d_in_, sums_[n].dh.get() + t * branch.r_, branch.r_, mask, {},
                   sums_[n].dA.get() + chunk * branch.r_ * branch.lda_, branch.lda_, t > from);
     }
   }

@@ -59,8 +59,10 @@ struct Micro {
   void (*expand)(Rows y, int64_t rows, int64_t columns, const C* z, int64_t r, const C* e, int64_t lde, Mask mask,
                  bool add);
 
-  // g[j, :] (+)= Σ_t z[t, j] keep(t, :) ⊙ x[t, :]. `add` false overwrites g.
-  void (*outer)(Rows x, int64_t rows, int64_t columns, const C* z, int64_t r, Mask mask, C* g, int64_t ldg, bool add);
+  // g[j, :] (+)= Σ_t z[t, j] keep(t, :) ⊙ x[t, :]. `add` false overwrites g. What is ahead begins with x's first
+  // column.
+  void (*outer)(Rows x, int64_t rows, int64_t columns, const C* z, int64_t r, Mask mask, Ahead ahead, C* g, int64_t ldg,
+                bool add);
 
   // g[i, j] += Σ_k x[i, k] x[j, k] for j ≤ i < r, and some above the diagonal; columns a multiple of lanes.
   void (*gram)(const C* x, int64_t r, int64_t columns, int64_t ld, Ahead ahead, double* g);
@@ -69,9 +71,6 @@ struct Micro {
   // comes in panels of kTrianglePanel rows, each as many numbers a row as the panel is deep. Where q can be written
   // past the caches and this is asked, other threads may see it only after streamed().
   void (*triangle)(const C* panels, int64_t r, const C* x, int64_t ldx, int64_t columns, Rows q, bool past_caches);
-
-  // c [rows, columns] = a [rows, depth] b [depth, columns], columns a multiple of lanes.
-  void (*thin)(const C* a, int64_t lda, int64_t rows, int64_t depth, const C* b, int64_t columns, C* c);
 
   // The bits of `blocks` blocks of eight elements from block `first` of Philox on; see mbf/ops/philox.py.
   void (*mask_bits)(uint64_t seed, uint32_t threshold, uint64_t first, int64_t blocks, uint8_t* bits);

@@ -14,7 +14,6 @@
 #include "outer.h"
 #include "philox.h"
 #include "project.h"
-#include "thin.h"
 #include "triangle.h"
 #include "turn.h"
 
@@ -48,8 +47,9 @@ void expand(Rows y, int64_t rows, int64_t columns, const C* z, int64_t r, const 
 }
 
 template <typename C>
-void outer(Rows x, int64_t rows, int64_t columns, const C* z, int64_t r, Mask mask, C* g, int64_t ldg, bool add) {
-  with_type<C>(x.type, x.data, [&](auto* p) { outer_rows<C>(p, x.ld, rows, columns, z, r, mask, g, ldg, add); });
+void outer(Rows x, int64_t rows, int64_t columns, const C* z, int64_t r, Mask mask, Ahead ahead, C* g, int64_t ldg,
+           bool add) {
+  with_type<C>(x.type, x.data, [&](auto* p) { outer_rows<C>(p, x.ld, rows, columns, z, r, mask, ahead, g, ldg, add); });
 }
 
 template <typename C>
@@ -85,9 +85,9 @@ void add(const void* y, ScalarType type, const C* v, C factor, int64_t n, void* 
 
 template <typename C>
 const Micro<C>& micro() {
-  static constexpr Micro<C> table = {kLanes<C>,   project<C>,        expand<C>,      outer<C>, gram<C>,
-                                     triangle<C>, thin<C>,           mask_bits,      widen<C>, narrow<C>,
-                                     gated<C>,    gated_backward<C>, keep_scaled<C>, turn<C>,  add<C>};
+  static constexpr Micro<C> table = {kLanes<C>,         project<C>,     expand<C>, outer<C>,  gram<C>,
+                                     triangle<C>,       mask_bits,      widen<C>,  narrow<C>, gated<C>,
+                                     gated_backward<C>, keep_scaled<C>, turn<C>,   add<C>};
   return table;
 }
 

@@ -36,6 +36,7 @@ Counts = dict[str, Count]
 _ALLOCATIONS = {"empty", "empty_like", "empty_strided", "new_empty", "new_empty_strided"}
 _OVERWRITING = {"copy_", "fill_", "zero_"}
 _PRODUCTS = {"mm", "addmm", "addmm_"}
+_OWN_PRODUCTS = {"epilogue_kernel": ("x", "W", "y")}  # kernels with a base product of their own, and what it moves
 _ATOMICS = [name for name in vars(InterpreterBuilder) if name.startswith("create_atomic")]
 
 
@@ -57,6 +58,7 @@ class Meter(TorchDispatchMode):
         self.counts: dict[str, Counts] = {part: {} for part in PARTS}
         self._weights = {_storage(weight) for weight in weights}
         self._kernel: Count | None = None
+        self._own_product: list[range] = []  # addresses
 
     def _of(self, name: str) -> Count:
         return self.counts[self.part].setdefault(name, Count())
@@ -94,6 +96,12 @@ class Meter(TorchDispatchMode):
         count.loaded += _bytes(read)
         count.stored += _bytes(written)
 
+    def _lanes(self, pointers: Any, mask: Any) -> int:
+        """The bytes of the lanes that are there; none of what a base product of the kernel's own moves."""
+        if any(int(pointers.data.flat[0]) in addresses for addresses in self._own_product):
+            return 0
+        return int(mask.data.sum()) * max(1, pointers.get_element_ty().primitive_bitwidth // 8)
+
     @contextmanager
     def kernels(self) -> Iterator[None]:
         """Count Triton's kernels, too: every lane of a load or store whose mask is set."""
@@ -110,6 +118,8 @@ class Meter(TorchDispatchMode):
         def run(executor: Any, *args: Any, **kwargs: Any) -> None:
             self._kernel = self._of(executor.fn.__name__)
             self._kernel.launches += 1
+            given = dict(zip(executor.arg_names, args, strict=False))
+            self._own_product = [_addresses(given[name]) for name in _OWN_PRODUCTS.get(executor.fn.__name__, ())]
             prepared.clear()
             try:
                 call(executor, *args, **kwargs)
@@ -118,12 +128,12 @@ class Meter(TorchDispatchMode):
 
         def masked_load(builder: Any, pointers: Any, mask: Any, *rest: Any) -> Any:
             assert self._kernel is not None
-            self._kernel.loaded += _lanes(pointers, mask)
+            self._kernel.loaded += self._lanes(pointers, mask)
             return load(builder, pointers, mask, *rest)
 
         def masked_store(builder: Any, pointers: Any, value: Any, mask: Any, *rest: Any) -> Any:
             assert self._kernel is not None
-            self._kernel.stored += _lanes(pointers, mask)
+            self._kernel.stored += self._lanes(pointers, mask)
             return store(builder, pointers, value, mask, *rest)
 
         def atomic(*_: Any) -> Any:
@@ -138,9 +148,9 @@ class Meter(TorchDispatchMode):
             yield
 
 
-def _lanes(pointers: Any, mask: Any) -> int:
-    """The bytes of the lanes that are there."""
-    return int(mask.data.sum()) * max(1, pointers.get_element_ty().primitive_bitwidth // 8)
+def _addresses(tensor: Tensor) -> range:
+    storage = tensor.untyped_storage()
+    return range(storage.data_ptr(), storage.data_ptr() + storage.nbytes())
 
 
 def _tensors(values: Any) -> list[Tensor]:

@@ -174,6 +174,23 @@ def test_the_floors_of_a_square_layer(traffic: ModuleType) -> None:
     }
 
 
+def test_of_a_product_of_its_own_a_kernel_counts_the_branch(traffic: ModuleType) -> None:
+    from mbf.kernels._configs import Config
+    from mbf.kernels._tune import forced
+
+    case, rows, columns = traffic.Case(f"{D_IN}x{D_OUT}", RANK, 0.1, T), 16, 32
+    with forced({**traffic.EPILOGUE, "epilogue": Config(rows, columns)}):
+        found = traffic.count_mbf(case)
+
+    # Every block of columns loads z or dh, every block of rows B or A, and for the mask each program its seed.
+    def branch(width: int) -> int:
+        return 2 * RANK * (T * -(-width // columns) + width * -(-T // rows))
+
+    seeds = 8 * -(-D_IN // columns) * -(-T // rows)
+    counts = [found[part]["epilogue_kernel"] for part in traffic.PARTS]
+    assert [(one.loaded, one.stored) for one in counts] == [(branch(D_OUT), 0), (branch(D_IN) + seeds, 0)]
+
+
 def test_a_wrong_result_is_found(traffic: ModuleType, monkeypatch: pytest.MonkeyPatch) -> None:
     run = traffic.run_mbf
 
@@ -200,6 +217,8 @@ def test_the_scripts(
     ours = {(row["shape"], row["part"]): int(row["bytes"]) for row in rows if row["variant"] == "mbf"}
     least = {(row["shape"], row["part"]): int(row["bytes"]) for row in rows if row["variant"] == "passes"}
     assert len(ours) == 2 * len(traffic.QUICK)
+    fewer = {(row["shape"], row["part"]): int(row["bytes"]) for row in rows if row["variant"] == "mbf-epilogue"}
+    assert fewer and all(count < least[key] for key, count in fewer.items())
     assert all(ours[key] >= least[key] for key in least)
 
     import traffic_plot  # from the folder that the fixture put on the path

@@ -210,6 +210,19 @@ def test_the_kernel_makes_the_references_sketch(shape, dtype):
         torch.testing.assert_close(part, other, rtol=0, atol=tolerance * float(other.abs().max()))
 
 
+@native
+@pytest.mark.parametrize("shape", [(600, 512), (130, 1024), (1100, 2032), (600, 500)], ids=str)
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16], ids=str)
+def test_rows_of_any_distance(shape, dtype):
+    """Also a power of two apart; ranks for several visits, rows for several strips, blocks and a rest."""
+    M = with_spectrum(*shape, lambda i: 0.9**i, dtype)
+    call = partial(rsvd, rank=16, n_iter=1, oversample=9)
+    found = call(M, generator=torch.Generator().manual_seed(3))
+    with use_backend("reference"):
+        expected = call(M.double(), generator=torch.Generator().manual_seed(3))
+    assert norm(product(found) - product(expected)) <= ROUNDING[dtype] * norm(product(expected))
+
+
 def test_the_sketch_is_philox_and_nearly_normal():
     seed = torch.tensor(-(2**62) + 12345)
     sketch = sketch_ref(seed, 1001, 7)

@@ -17,6 +17,14 @@ constexpr int64_t kBlockRows = 48;
 template <typename C>
 constexpr double kShortest = sizeof(C) == 8 ? 1e-130 : 1e-25;
 
+// How far apart rows of n numbers lie: padded, and no multiple of 2 KiB, or they would share two sets of the
+// first-level cache.
+template <typename C>
+int64_t apart(int64_t n) {
+  const int64_t lanes = micro<C>().lanes, ld = padded(n, lanes);
+  return ld * static_cast<int64_t>(sizeof(C)) % 2048 == 0 ? ld + lanes : ld;
+}
+
 // Rows from one on, as what is read next.
 Ahead ahead_of(const Rows& M, int64_t row, int64_t end) {
   const int64_t size = element_size(M.type);
@@ -25,11 +33,9 @@ Ahead ahead_of(const Rows& M, int64_t row, int64_t end) {
 
 }  // namespace
 
-// Rows of so many numbers, zeros behind them, and never a power of two apart, where they would share few sets of the
-// caches.
 template <typename C>
 RangeFinder<C>::RangeFinder(Matrix M, int64_t k, int64_t n_iter, uint64_t seed)
-    : M_(M), k_(k), n_iter_(n_iter), ld_(padded(M.d, micro<C>().lanes) + 16), seed_(seed) {}
+    : M_(M), k_(k), n_iter_(n_iter), ld_(apart<C>(M.d)), seed_(seed) {}
 
 template <typename C>
 int64_t RangeFinder<C>::strips() const {

@@ -45,7 +45,7 @@ class RangeFinder {
   int64_t k_, n_iter_, ld_;
   uint64_t seed_;
   Status status_ = kDone;
-  Scratch<C> V_;                   // Vᵀ [k, n], rows of ld_ numbers
+  Scratch<C> V_;                   // Vᵀ [k, n], its rows ld_ apart with zeros between
   std::vector<C> Y_;               // [m, k]
   std::vector<std::vector<C>> Z_;  // [k, n], a sum for each strip
   std::vector<double> left_;       // Qᵀ [k, m]

@@ -30,7 +30,7 @@ import argparse
 import itertools
 import os
 import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any, NamedTuple
 
 os.environ["TRITON_INTERPRET"] = "1"  # read when triton and the kernels are imported
@@ -92,6 +92,7 @@ CASES = [
     Case("4096x4096", 8, 0.1, 8192),
     CLAIM,
 ]
+DECODER = ("4096x4096+1024+1024", "4096x4096", "4096x14336+14336", "14336x4096")  # of Llama-3-8B, as mbf runs it
 EPILOGUE = {"forward": "epilogue", "backward": "epilogue"}  # what tuning may choose
 QUICK = [Case("72x40", 3, 0.1, 70), Case("64x48+36", 8, 0.0, 33), Case("64x64", 16, 0.1, 64, "fp32")]
 
@@ -284,6 +285,25 @@ def report(case: Case, result: Result, add: AddRow) -> None:
     print("\n" + table(["of which", "launches", "loaded", "stored"], detail), flush=True)
 
 
+def decoder(found: Mapping[Case, Result]) -> str:
+    """Of all projections of a decoder layer together, where each was counted at one rank, p, length and dtype."""
+    cases = [[case._replace(shape=shape) for shape in DECODER] for case in found if case.shape == DECODER[0]]
+    shown = ""
+    for of_layer in cases:
+        if not found.keys() >= set(of_layer):
+            continue
+        each, lines = sum(case.elements for case in of_layer), []
+        for variant in found[of_layer[1]]:
+            if not all(variant in found[case] for case in of_layer):
+                continue
+            totals = [sum(moved(found[case][variant][part]) for case in of_layer) for part in PARTS]
+            per_element = [f"{total / each:.2f}" for total in (*totals, sum(totals))]
+            lines.append([variant, *per_element, f"{sum(totals) / 1e6:.1f}"])
+        what = str(of_layer[0]._replace(shape="all projections of a decoder layer"))
+        shown += f"\n{what}\n" + table(["bytes per element", *PARTS, "both", "both MB"], lines)
+    return shown
+
+
 def claims(case: Case, result: Result) -> str:
     """What the project promises, and whether the counts keep it."""
     theirs = sum(moved(result["peft-nocast"][part]) for part in PARTS)
@@ -335,6 +355,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         report(case, result, add)
 
     status = run_script("traffic.py", argv, arguments, measure, keep, COLUMNS)
+    print(decoder(found))
     if CLAIM in found:
         print(claims(CLAIM, found[CLAIM]))
     return status

@@ -191,6 +191,22 @@ def test_of_a_product_of_its_own_a_kernel_counts_the_branch(traffic: ModuleType)
     assert [(one.loaded, one.stored) for one in counts] == [(branch(D_OUT), 0), (branch(D_IN) + seeds, 0)]
 
 
+def test_a_decoder_layer_is_the_sum_of_its_projections(traffic: ModuleType) -> None:
+    counts = {shape: n * 10**6 for n, shape in enumerate(traffic.DECODER, start=1)}
+    found = {
+        traffic.Case(shape, 16, 0.1, 8): {"mbf": {part: {"": traffic.Count(1, n, n)} for part in traffic.PARTS}}
+        for shape, n in counts.items()
+    }
+    each = (
+        2 * (1 + 2 + 3 + 4) * 10**6 / (8 * 10 * 4096)
+    )  # 4096 x 4096 has 4096 elements a token, all together ten times
+    shown = traffic.decoder(found).split()
+    assert shown[-5:] == ["mbf", f"{each:.2f}", f"{each:.2f}", f"{2 * each:.2f}", "40.0"]
+
+    found.popitem()
+    assert traffic.decoder(found) == ""
+
+
 def test_a_wrong_result_is_found(traffic: ModuleType, monkeypatch: pytest.MonkeyPatch) -> None:
     run = traffic.run_mbf
 

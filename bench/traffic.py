@@ -323,7 +323,7 @@ def arguments(argv: Sequence[str]) -> argparse.Namespace:
     parser = argparse.ArgumentParser(
         description=(__doc__ or "").split("\n")[0],
         epilog="Without a choice of rows: the layers of Llama-3-8B at 1024 tokens, and one at 8192 for the claims. "
-        "The interpreter takes about twenty minutes for the claims.",
+        "The interpreter takes about twenty-five minutes for the claims.",
     )
     add = parser.add_argument
     add("--shape", action="append", metavar="INxOUT[+OUT]", help="layers that share x; may be repeated, as the others")

@@ -95,6 +95,7 @@ CASES = [
 DECODER = ("4096x4096+1024+1024", "4096x4096", "4096x14336+14336", "14336x4096")  # of Llama-3-8B, as mbf runs it
 EPILOGUE = {"forward": "epilogue", "backward": "epilogue"}  # what tuning may choose
 QUICK = [Case("72x40", 3, 0.1, 70), Case("64x48+36", 8, 0.0, 33), Case("64x64", 16, 0.1, 64, "fp32")]
+TUNED = (CLAIM, QUICK[0])  # counted with that choice, too, of which the interpreter takes its time
 
 
 # -- mbf, on the CPU ---------------------------------------------------------------------------------------------------
@@ -245,7 +246,7 @@ def measure(case: Case, args: argparse.Namespace) -> Result | list[str]:
     torch.seed()
     ours: Result = {}
     for name, choices in {"mbf": {}, "mbf-epilogue": EPILOGUE}.items():
-        if choices and case not in (CLAIM, QUICK[0]):
+        if choices and case not in TUNED:
             continue
         with forced(choices):
             counts = count_mbf(case)
@@ -263,6 +264,14 @@ def launches(counts: Counts) -> int:
     return sum(count.launches for count in counts.values())
 
 
+SUMMARY = ["bytes per element", *PARTS, "both", "both MB"]
+
+
+def summary(variant: str, totals: Sequence[int], elements: float) -> list[str]:
+    """A line of such a table, of the bytes of each part."""
+    return [variant, *(f"{total / elements:.2f}" for total in (*totals, sum(totals))), f"{sum(totals) / 1e6:.1f}"]
+
+
 def report(case: Case, result: Result, add: AddRow) -> None:
     each, lines = case.elements, []
     for variant, parts in result.items():
@@ -271,10 +280,8 @@ def report(case: Case, result: Result, add: AddRow) -> None:
             row = [case.shape, case.rank, case.p, case.tokens, "bf16", factors, variant, part]
             add([*row, moved(counts), f"{moved(counts) / each:.3f}", launches(counts)])
         totals = [moved(parts[part]) for part in PARTS]
-        lines.append(
-            [variant, *(f"{total / each:.2f}" for total in (*totals, sum(totals))), f"{sum(totals) / 1e6:.1f}"]
-        )
-    print(f"\n{case}\n" + table(["bytes per element", *PARTS, "both", "both MB"], lines))
+        lines.append(summary(variant, totals, each))
+    print(f"\n{case}\n" + table(SUMMARY, lines))
     detail = [
         [f"{variant} {part}: {name}", str(count.launches), *(f"{n / each:.3f}" for n in (count.loaded, count.stored))]
         for variant in ("mbf", "mbf-epilogue", "peft-nocast", "peft")
@@ -297,10 +304,9 @@ def decoder(found: Mapping[Case, Result]) -> str:
             if not all(variant in found[case] for case in of_layer):
                 continue
             totals = [sum(moved(found[case][variant][part]) for case in of_layer) for part in PARTS]
-            per_element = [f"{total / each:.2f}" for total in (*totals, sum(totals))]
-            lines.append([variant, *per_element, f"{sum(totals) / 1e6:.1f}"])
+            lines.append(summary(variant, totals, each))
         what = str(of_layer[0]._replace(shape="all projections of a decoder layer"))
-        shown += f"\n{what}\n" + table(["bytes per element", *PARTS, "both", "both MB"], lines)
+        shown += f"\n{what}\n{table(SUMMARY, lines)}\n"
     return shown
 
 
@@ -355,7 +361,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         report(case, result, add)
 
     status = run_script("traffic.py", argv, arguments, measure, keep, COLUMNS)
-    print(decoder(found))
+    print(decoder(found), end="")
     if CLAIM in found:
         print(claims(CLAIM, found[CLAIM]))
     return status

@@ -197,9 +197,8 @@ def test_a_decoder_layer_is_the_sum_of_its_projections(traffic: ModuleType) -> N
         traffic.Case(shape, 16, 0.1, 8): {"mbf": {part: {"": traffic.Count(1, n, n)} for part in traffic.PARTS}}
         for shape, n in counts.items()
     }
-    each = (
-        2 * (1 + 2 + 3 + 4) * 10**6 / (8 * 10 * 4096)
-    )  # 4096 x 4096 has 4096 elements a token, all together ten times
+    elements = 8 * 10 * 4096  # a token has 4096 of 4096 x 4096, and ten times as many of all together
+    each = 2 * (1 + 2 + 3 + 4) * 10**6 / elements
     shown = traffic.decoder(found).split()
     assert shown[-5:] == ["mbf", f"{each:.2f}", f"{each:.2f}", f"{2 * each:.2f}", "40.0"]
 

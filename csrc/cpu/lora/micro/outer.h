@@ -16,12 +16,10 @@ void outer_rows(const T* x, int64_t ldx, int64_t rows, int64_t columns, const C*
   // With vectors of 64 bytes a mask costs little, and a visit serves twice as many ranks.
   constexpr bool wide = MBF_BYTES == 64;
   if (mask.bits == nullptr && (visits == 1 || (!crowded && (wide || visits == 2)))) {
-    if (ahead.rows > 0) {
-      const Lines lines{ahead.next, ahead.stride, columns * ahead.size / Lines::kBytes};
-      product<C, T, C, Masked::kNothing>(r, columns, rows, z, 1, r, x, ldx, g, ldg, {}, add, lines);
-    } else {
-      product<C, T, C, Masked::kNothing>(r, columns, rows, z, 1, r, x, ldx, g, ldg, {}, add);
-    }
+    const auto all = [&](auto fetched) {
+      product<C, T, C, Masked::kNothing>(r, columns, rows, z, 1, r, x, ldx, g, ldg, {}, add, fetched);
+    };
+    ahead.rows > 0 ? all(Lines{ahead.next, ahead.stride, columns * ahead.size / Lines::kBytes}) : all(NoLines{});
     return;
   }
   if (mask.bits != nullptr && (visits == 1 || (wide && !copies(visits)))) {

@@ -35,8 +35,11 @@ struct Lines {
   }
   MBF_INLINE void next_tile() {
     left -= kSome;
-    if (left <= 0) stride = 0;  // what is fetched already
-    if (left > 0) first += kSome * kBytes;
+    if (left > 0) {
+      first += kSome * kBytes;
+    } else {
+      stride = 0;  // what is fetched already
+    }
     row = first;
   }
 };

@@ -1,13 +1,15 @@
 // task_boundary_: the merge of every B, the replacement of every A and the basis that the next task starts from, in two
-// rounds over all of them. The first looks for what isn't finite in A and B; only if all is well does the second write.
-// Q may be A itself, where it is left as it was if it was given up.
+// rounds over all of them. The first looks for what isn't finite in A and B, and as it has A before it takes what Q is
+// written from; only if all is well does the second write. Q may be A itself, where it is left as it was if it was
+// given up.
 
 #include <algorithm>
 #include <cstring>
+#include <optional>
 
 #include "basis.h"
 #include "kernels.h"
-#include "linalg/finite.h"
+#include "linalg/orthonormal.h"
 #include "lora/micro.h"
 #include "memory/overlap.h"
 #include "memory/stream.h"
@@ -45,17 +47,22 @@ Tensor task_boundary_(Tensors merged_A, Tensors merged_B, Tensors Q, Tensors A, 
   const Tensor status = empty({2 * layers}, ScalarType::Int);
   int32_t* found = static_cast<int32_t*>(status.mutable_data_ptr());
 
-  std::vector<char> finite_A(layers), finite_B(pieces);
-  for_each(layers, [&](int64_t n) { finite_A[n] = all_finite(matrices[n].data, matrices[n].type, from[n].numel()); });
+  std::vector<std::optional<linalg::Orthonormal>> rows(layers);
+  std::vector<char> finite_B(pieces);
+  for_each(layers, [&](int64_t n) {
+    rows[n].emplace(matrices[n], n + 1 < layers ? &matrices[n + 1] : nullptr);
+    rows[n]->put_aside();
+    found[n] = rows[n]->status();
+  });
   for_each(pieces, [&](int64_t n) { finite_B[n] = merge.finite(n); });
-  std::fill(found, found + 2 * layers, linalg::kDone);
-  for (int64_t n = 0; n < layers; ++n) {
-    if (!finite_A[n]) found[n] = linalg::kNotFinite;
-  }
+  std::fill(found + layers, found + 2 * layers, linalg::kDone);
   for (int64_t n = 0; n < pieces; ++n) {
     if (!finite_B[n]) found[layers + merge.pair_of(n)] = linalg::kNotFinite;
   }
-  if (std::find(found, found + 2 * layers, linalg::kNotFinite) != found + 2 * layers) return status;
+  if (std::find(found, found + 2 * layers, linalg::kNotFinite) != found + 2 * layers) {
+    std::replace<int32_t*, int32_t>(found, found + layers, linalg::kGivenUp, linalg::kDone);  // nothing is to be mended
+    return status;
+  }
 
   for (int64_t n = 0; n < layers; ++n) {
     if (place_of(merged_A[n], from[n]) == nullptr) torch::stable::copy_(merged_A[n], A[n]);
@@ -63,8 +70,6 @@ Tensor task_boundary_(Tensors merged_A, Tensors merged_B, Tensors Q, Tensors A, 
   const bool past_caches = worth_streaming(bases);
   for_each(layers, [&](int64_t n) {
     const bool in_place = bases[n].data == matrices[n].data;
-    const linalg::Orthonormal rows(matrices[n], n + 1 < layers ? &matrices[n + 1] : nullptr);
-    found[n] = rows.status();
     if (void* place = place_of(merged_A[n], from[n])) {
       const int64_t bytes = from[n].numel() * element_size(matrices[n].type);
       if (past_caches) {
@@ -75,7 +80,7 @@ Tensor task_boundary_(Tensors merged_A, Tensors merged_B, Tensors Q, Tensors A, 
       }
     }
     if (!in_place || found[n] == linalg::kDone) {
-      rows.write(const_cast<void*>(bases[n].data), past_caches && !in_place);
+      rows[n]->write(const_cast<void*>(bases[n].data), past_caches && !in_place);
     }
   });
   for_each(pieces, [&](int64_t n) { merge.run(n); });

@@ -20,6 +20,7 @@ constexpr double kInFloats = 2;    // the length of L⁻¹'s rows up to which Q 
 constexpr double kFloatLengths[2] = {1e-30, 1e30};  // of rows whose inverses fp32 holds to its last place
 constexpr double kSquares[2] = {1e-280, 1e280};     // within which the Gram's diagonal means what it says
 constexpr int64_t kFloatDepth = 512;                // numbers of a row whose products are summed in fp32
+constexpr int64_t kBlocksAhead = 2;    // of such blocks, from the one that is summed to the one that is fetched
 constexpr double kGramInFloats = 1.5;  // the length of L⁻¹'s rows up to which that leaves Q Qᵀ − I below 1e-7
 constexpr double kFloatSquares[2] = {1e-24, 1e24};  // within which sums of products in fp32 lose nothing
 
@@ -135,6 +136,14 @@ Ahead ahead_of(const Matrix& A, int64_t column) {
   return {element(A, 0, column), A.d * size, A.r, size};
 }
 
+// Block `n` of kFloatDepth columns, of A or beyond its end of the matrix after it, as what is read some time from now.
+Ahead block_of(const Matrix& A, const Matrix* next, int64_t n) {
+  const int64_t blocks = (A.d + kFloatDepth - 1) / kFloatDepth;
+  if (n < blocks) return ahead_of(A, n * kFloatDepth);
+  const bool there = next != nullptr && (n - blocks) * kFloatDepth < next->d;
+  return there ? ahead_of(*next, (n - blocks) * kFloatDepth) : Ahead{};
+}
+
 // A lower triangle [r, r] as micro.h takes it, panel by panel: rows of as many numbers as the panel is deep.
 template <typename C>
 std::vector<C> in_panels(const std::vector<double>& T, int64_t r) {
@@ -241,12 +250,7 @@ bool Orthonormal::try_in_floats(const Matrix* next) {
     const int64_t columns = std::min(most, A_.d - first), ld = padded(columns);
     const float* here = reinterpret_cast<const float*>(memory.blocks[0].get());
     rows = floats(A_, first, columns, memory, [&](int64_t from, int64_t some) {
-      Ahead ahead;
-      if (first + from + kFloatDepth < A_.d) {
-        ahead = ahead_of(A_, first + from + kFloatDepth);
-      } else if (next != nullptr) {
-        ahead = ahead_of(*next, 0);
-      }
+      const Ahead ahead = block_of(A_, next, (first + from) / kFloatDepth + kBlocksAhead);
       micro<float>().gram(here + from, r, some, ld, ahead, gram.data());
     });
   }
@@ -264,6 +268,12 @@ bool Orthonormal::try_in_floats(const Matrix* next) {
   in_floats_ = in_panels<float>(inverse_[0], r);
   if (A_.d <= most) rows_ = rows;
   return true;
+}
+
+void Orthonormal::put_aside() {
+  rows_ = nullptr;
+  for (auto& triangle : upper_) std::vector<double>().swap(triangle);
+  if (!in_floats_.empty()) std::vector<double>().swap(inverse_[0]);
 }
 
 double Orthonormal::factor_round(std::vector<double>& gram, int round) {
@@ -284,7 +294,7 @@ void Orthonormal::write(void* Q, bool past_caches) const {
     return;
   }
   Memory& memory = Memory::of(A_.r);
-  const int64_t most = float_columns(A_.r);
+  const int64_t most = rows_ != nullptr ? A_.d : std::min(kFloatDepth, float_columns(A_.r));
   for (int64_t first = 0; first < A_.d; first += most) {
     const int64_t columns = std::min(most, A_.d - first);
     const float* rows = rows_ != nullptr ? rows_ : floats(A_, first, columns, memory, [](int64_t, int64_t) {});

@@ -36,6 +36,9 @@ class Orthonormal {
 
   Status status() const { return status_; }
 
+  // For a write() later on, by whatever thread: gives up what the scratch memory holds, and what write_factor() needs.
+  void put_aside();
+
   // Q in A's dtype, NaN where the status isn't kDone, into other memory or over A; `past_caches` where nobody reads it
   // soon.
   void write(void* Q, bool past_caches = false) const;

@@ -17,8 +17,8 @@ MBF_INLINE void gram_tile(const C* x, const C* a, int64_t ld, int64_t columns, c
     for (int j = 0; j < J; ++j) s[t][j] = Vec<C>{};
   }
   for (int64_t i = 0; i < columns; i += kLanes<C>) {
-    __builtin_prefetch(ahead[0] + i * size);
-    __builtin_prefetch(ahead[1] + i * size);
+    __builtin_prefetch(ahead[0] + i * size, 0, 2);
+    __builtin_prefetch(ahead[1] + i * size, 0, 2);
     Vec<C> v[R];
     MBF_UNROLL
     for (int t = 0; t < R; ++t) v[t] = load(x + t * ld + i);

@@ -1,7 +1,7 @@
 // task_boundary_: the merge of every B, the replacement of every A and the basis that the next task starts from, in two
-// rounds over all of them. The first looks for what isn't finite in A and B, and as it has A before it takes what Q is
-// written from; only if all is well does the second write. Q may be A itself, where it is left as it was if it was
-// given up.
+// rounds over all of them. The first looks for what isn't finite in A and B, and has A anyway: it makes Q in memory of
+// its own, or takes what Q is written over A from. Only if all is well does the second write what is the caller's.
+// Where Q was to be A itself but was given up, A is left as it was.
 
 #include <algorithm>
 #include <cstring>
@@ -47,12 +47,19 @@ Tensor task_boundary_(Tensors merged_A, Tensors merged_B, Tensors Q, Tensors A, 
   const Tensor status = empty({2 * layers}, ScalarType::Int);
   int32_t* found = static_cast<int32_t*>(status.mutable_data_ptr());
 
+  const bool past_caches = worth_streaming(bases);
+  const auto in_place = [&](int64_t n) { return bases[n].data == matrices[n].data; };
   std::vector<std::optional<linalg::Orthonormal>> rows(layers);
   std::vector<char> finite_B(pieces);
   for_each(layers, [&](int64_t n) {
-    rows[n].emplace(matrices[n], n + 1 < layers ? &matrices[n + 1] : nullptr);
-    rows[n]->put_aside();
-    found[n] = rows[n]->status();
+    auto& here = rows[n].emplace(matrices[n], n + 1 < layers ? &matrices[n + 1] : nullptr);
+    found[n] = here.status();
+    if (in_place(n)) {
+      here.put_aside();
+    } else {
+      here.write(const_cast<void*>(bases[n].data), past_caches);
+      rows[n].reset();
+    }
   });
   for_each(pieces, [&](int64_t n) { finite_B[n] = merge.finite(n); });
   std::fill(found + layers, found + 2 * layers, linalg::kDone);
@@ -67,9 +74,7 @@ Tensor task_boundary_(Tensors merged_A, Tensors merged_B, Tensors Q, Tensors A, 
   for (int64_t n = 0; n < layers; ++n) {
     if (place_of(merged_A[n], from[n]) == nullptr) torch::stable::copy_(merged_A[n], A[n]);
   }
-  const bool past_caches = worth_streaming(bases);
   for_each(layers, [&](int64_t n) {
-    const bool in_place = bases[n].data == matrices[n].data;
     if (void* place = place_of(merged_A[n], from[n])) {
       const int64_t bytes = from[n].numel() * element_size(matrices[n].type);
       if (past_caches) {
@@ -79,9 +84,7 @@ Tensor task_boundary_(Tensors merged_A, Tensors merged_B, Tensors Q, Tensors A, 
         std::memcpy(place, matrices[n].data, bytes);
       }
     }
-    if (!in_place || found[n] == linalg::kDone) {
-      rows[n]->write(const_cast<void*>(bases[n].data), past_caches && !in_place);
-    }
+    if (in_place(n) && found[n] == linalg::kDone) rows[n]->write(const_cast<void*>(bases[n].data));
   });
   for_each(pieces, [&](int64_t n) { merge.run(n); });
   merge.finish();

@@ -10,9 +10,6 @@ from torch import Tensor
 from mbf.ops._library import define, reference_only
 
 
-ONE_ALLOCATION = 3 << 22  # bytes, as the kernel has it; for less it would only be another operator called
-
-
 def empty_like_all_ref(like: Sequence[Tensor]) -> list[Tensor]:
     """Each by itself."""
     return [torch.empty_like(tensor, memory_format=torch.contiguous_format) for tensor in like]
@@ -36,9 +33,7 @@ def empty_like_all(like: Sequence[Tensor]) -> list[Tensor]:
         One for each of ``like``.
 
     Raises:
-        RuntimeError: for other dtypes, where one allocation is made.
+        RuntimeError: for anything else.
     """
     with torch.no_grad():
-        if reference_only() or sum([tensor.nbytes for tensor in like]) < ONE_ALLOCATION:
-            return empty_like_all_ref(like)
-        return torch.ops.mbf.empty_like_all.default(list(like))
+        return empty_like_all_ref(like) if reference_only() else torch.ops.mbf.empty_like_all.default(list(like))

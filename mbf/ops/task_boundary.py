@@ -73,7 +73,7 @@ def task_boundary_(merged: Pairs, finetuned: Pairs, weight: float | Tensor, *, i
         finetuned: ``(A_ft, B_ft)`` of the same shapes and devices; dtypes may differ.
         weight: λ, a finite number or a 0-d floating tensor on any device; the paper's is 1/√i.
         in_place: write Q over A_ft, whose values A_merge has now. Then ``finetuned`` is what the next task starts from;
-            on the CPU no memory is taken. No two A_ft may share memory, nor one with anything else.
+            on the CPU next to no memory is taken. No two A_ft may share memory, nor one with anything else.
 
     Returns:
         Q for every layer, with the shape, dtype and device of its A_ft, possibly parts of one allocation; see

@@ -79,13 +79,20 @@ def test_the_largest_numbers_are_finite(backend):
 
 
 @pytest.mark.parametrize("backend", ["auto", "reference"])
-@pytest.mark.parametrize("kind", ["as made", "strided A", "dependent rows", "another dtype", "large"])
+@pytest.mark.parametrize(
+    "kind", ["as made", "fp64", "strided A", "close rows", "dependent rows", "another dtype", "large"]
+)
 def test_in_place_q_takes_the_place_of_a(backend, kind):
     """The same numbers as in memory of its own, over A_ft, whose values A_merge has."""
     merged, finetuned = factors(), factors(seed=1)
-    if kind == "strided A":
+    if kind == "fp64":
+        merged, finetuned = factors(torch.float64), factors(torch.float64, seed=1)
+    elif kind == "strided A":
         finetuned[0][1] = torch.stack([finetuned[0][1]] * 2, -1)[..., 0]
         merged[0][2] = torch.stack([merged[0][2]] * 2, -1)[..., 1]
+    elif kind == "close rows":  # that take the second round of Cholesky QR, and one in fp64
+        finetuned[0][0][1] = finetuned[0][0][0] + 1e-5 * finetuned[0][0][2]
+        finetuned[0][2][5] = finetuned[0][2][4] + 1e-2 * finetuned[0][2][5]
     elif kind == "dependent rows":
         finetuned[0][1][1] = finetuned[0][1][0]
     elif kind == "another dtype":

@@ -14,7 +14,7 @@ import triton
 import triton.language as tl
 from mbf.kernels._configs import Config
 from mbf.kernels._launch import cdiv, launch, spans
-from mbf.kernels._operands import Dropout, filled, matrix, padded, precision, sums_dtype, together
+from mbf.kernels._operands import Dropout, filled, matrix, padded, parts_dtype, precision, together
 from mbf.kernels._reduce import LEAST_ROWS, reduced
 from mbf.kernels._tiles import inside, offsets, product
 from mbf.kernels._tune import config_for, programs_for
@@ -68,7 +68,7 @@ def _columns_of(A, columns, width, RANK: tl.constexpr, RANKS: tl.constexpr):
 def _put(dA, total, part, columns, width, RANK: tl.constexpr):
     ranks = tl.arange(0, total.shape[0]).to(tl.int64)
     at = offsets(part * RANK + ranks, columns, width)
-    tl.store(dA + at, total, mask=inside(ranks, columns, RANK, width))
+    tl.store(dA + at, total.to(dA.dtype.element_ty), mask=inside(ranks, columns, RANK, width))
 
 
 @triton.jit(do_not_specialize=["height", "least"])
@@ -105,7 +105,8 @@ def input_gradient_kernel(
     ALIGNED: tl.constexpr,
     PRECISION: tl.constexpr,
 ):
-    """dx ``[height, width]``, contiguous, added to or, where not ADD, written; dA ``[parts, RANK, width]`` each.
+    """dx ``[height, width]``, contiguous, added to or, where not ADD, written; dA ``[parts, RANK, width]`` each, of any
+    dtype.
 
     ``factor``, that of dropout, goes into dx here and into dA by ``reduce_kernel``.
     """
@@ -231,7 +232,7 @@ def _launch_input_gradient(
     rows = dhs[0] if x is None else matrix(x)
     stripes = cdiv(width, config.columns)
     span, parts = spans(height, config.rows, stripes, programs_for(rows.device), LEAST_ROWS)
-    sums = [A.new_empty((parts, rank, width) if x is not None else (1,), dtype=sums_dtype(alike[0])) for A in factors]
+    sums = [A.new_empty((parts, rank, width) if x is not None else (1,), dtype=parts_dtype(alike[0])) for A in factors]
     # In a pipeline, dh in fp32 that only dA needs would be loaded to be read transposed, 4 bytes at a time.
     pipelined = dx is not None or factors[0].dtype.itemsize == 2
     launch(

@@ -21,6 +21,7 @@ from mbf.kernels._operands import (
     matrix,
     most_rank,
     padded,
+    parts_dtype,
     precision,
     sums_dtype,
     weight_argument,
@@ -57,7 +58,7 @@ def output_gradient_kernel(
     FIRST: tl.constexpr,
     PRECISION: tl.constexpr,
 ):
-    """Shares of dz ``[stripes, height, RANK]`` and of dB̂ ``[parts, width, RANK]``, both without s.
+    """Shares of dz ``[stripes, height, RANK]`` and of dB̂ ``[parts, width, RANK]``, both without s and of any dtype.
 
     With FIRST, B̂ is (B, merged_B), and all parts ``[width, FIRST]`` of dB stand before those of the other's gradient.
     """
@@ -81,9 +82,10 @@ def output_gradient_kernel(
         there = inside(rows, ranks, height, RANK)
         if NEED_Z:
             share = product(tile, b, tl.zeros((ROWS, RANKS), sums), PRECISION)
-            tl.store(dz + stripe * height * RANK + at, share, mask=there)
+            tl.store(dz + stripe * height * RANK + at, share.to(dz.dtype.element_ty), mask=there)
         if NEED_B:
             total = product(tl.trans(tile), tl.load(z + at, mask=there, other=0.0), total, PRECISION)
+    total = total.to(dB.dtype.element_ty)
     if NEED_B and FIRST:
         at_B = offsets(part * width + columns, ranks, FIRST)
         tl.store(dB + at_B, total, mask=inside(columns, ranks, width, FIRST))
@@ -207,8 +209,8 @@ def _launch_output_gradient(
     (height, width), rank = dy.shape, z.shape[-1]
     stripes = cdiv(width, config.columns)
     span, parts = spans(height, config.rows, stripes, programs_for(dy.device), LEAST_ROWS)
-    dz = z.new_empty((stripes, height, rank) if need_z else (1,), dtype=sums_dtype(branch))
-    dB = z.new_empty((parts, width, rank) if need_B else (1,), dtype=sums_dtype(branch))
+    dz = z.new_empty((stripes, height, rank) if need_z else (1,), dtype=parts_dtype(branch))
+    dB = z.new_empty((parts, width, rank) if need_B else (1,), dtype=parts_dtype(branch))
     merged = branch.merged_B is not None
     weight, by_value = weight_argument(branch, dy.device)
     launch(
@@ -249,14 +251,14 @@ def unroute(
     dh = h.new_empty(height, rank)
     if branch.gate is None and branch.mix is None:
         return reduced(shares, dh, branch.scale), None, None
-    dz = reduced(shares, shares.new_empty(height, rank), branch.scale)
+    dz = reduced(shares, h.new_empty(height, rank, dtype=sums_dtype(branch)), branch.scale)
     gate, mix, u = gate_matrix(branch, h), branch.mix, h
     by_blas = mix is not None and padded(rank) > MOST_MIX
     if by_blas:
         u = F.linear(h, mix.to(h.dtype)) if need_gate else h
         mix = None
     du = torch.empty_like(dh) if need_mix and not by_blas else dh
-    products = shares.new_empty(h.shape) if need_gate else shares
+    products = torch.empty_like(dz).view(h.shape) if need_gate else dz
     rows, warps = ROUTED[padded(rank)]
     launch(
         unroute_kernel,

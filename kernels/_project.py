@@ -1,9 +1,8 @@
 """``h = drop(x) Aᵀ`` of up to three branches that read the same x, and what gate and mix make of h.
 
 A program takes ROWS rows of x and a part of the columns; x is read once, whatever the number of branches, each of
-which has a mask of its own, made in registers. Where the columns are parted, or h is routed on, the program leaves its
-sum in a buffer of the accumulator's dtype, and ``route_kernel`` adds the parts up in their order: the same result in
-every run.
+which has a mask of its own, made in registers. Where the columns are parted, the program leaves its sum in a buffer,
+and ``_reduce`` adds the parts up in their order: the same result in every run.
 """
 
 from __future__ import annotations
@@ -23,8 +22,8 @@ from mbf.kernels._operands import (
     gate_matrix,
     matrix,
     padded,
+    parts_dtype,
     precision,
-    sums_dtype,
     together,
 )
 from mbf.kernels._reduce import reduced
@@ -195,7 +194,7 @@ def _project(x: Tensor, alike: Sequence[Any]) -> list[Tensor]:
         span, parts = spans(width, config.columns, blocks, programs_for(x.device), _LEAST_COLUMNS)
         of_parts = hs
         if parts > 1:
-            of_parts = [A.new_empty((parts, height, rank), dtype=sums_dtype(alike[0])) for A in factors]
+            of_parts = [A.new_empty((parts, height, rank), dtype=parts_dtype(alike[0])) for A in factors]
         _launch_project(rows, factors, alike, of_parts, (blocks, parts), span, config)
         return of_parts
 

@@ -9,7 +9,7 @@ import torch
 import triton
 import triton.language as tl
 from mbf.kernels._launch import cdiv, launch
-from mbf.kernels._operands import weight_argument
+from mbf.kernels._operands import sums_dtype, weight_argument
 from mbf.kernels._tiles import lambda_of
 from torch import Tensor
 
@@ -38,16 +38,17 @@ def reduce_kernel(
 ):
     """The sum of ``parts [count, size]`` times factor: a gradient or, MERGED, dB̂, which gives those of B, B₀ and λ.
 
-    Of λ's, a program leaves the share of its elements.
+    It is taken in fp32 or more. Of λ's, a program leaves the share of its elements.
     """
+    sums: tl.constexpr = tl.float64 if parts.dtype.element_ty == tl.float64 else tl.float32
     block = tl.program_id(0).to(tl.int64)
     at = block * BLOCK + tl.arange(0, BLOCK)
     there = at < size
-    total = tl.load(parts + at, mask=there, other=0.0)
+    total = tl.load(parts + at, mask=there, other=0.0).to(sums)
     at_part = at
     for _ in range(1, count):
         at_part += size
-        total += tl.load(parts + at_part, mask=there, other=0.0)
+        total += tl.load(parts + at_part, mask=there, other=0.0).to(sums)
     total *= factor
     dtype: tl.constexpr = gradient.dtype.element_ty
     if MERGED:
@@ -91,7 +92,7 @@ def reduced_B(parts: Tensor, branch: Any, needs: Sequence[bool]) -> list[Tensor 
     size, count = B.numel(), parts.shape[0]
     programs = cdiv(size, _BLOCK)
     dB, dmerged_B = torch.empty_like(B), torch.empty_like(B) if need_merged_B else B
-    shares = parts.new_empty(programs)
+    shares = parts.new_empty(programs, dtype=sums_dtype(branch))
     launch(
         reduce_kernel,
         (programs,),

@@ -1,17 +1,21 @@
 from __future__ import annotations
 
+from collections.abc import Iterator
 from typing import Any
 
 import pytest
 import torch
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
+from mbf.kernels import lora_linear as kernels
 from mbf.kernels._configs import Config
+from mbf.kernels._launch import recorded
 from mbf.kernels._tune import forced
 from torch import Tensor
 
 from mbf import ops
 from mbf.ops import lora_linear, lora_linear_ref
+from mbf.ops._operands import prepare
 from tests.kernels.conftest import SMALL, dtypes_and_forms
 from tests.ops.lora_cases import FORMS, LAYOUTS, SEED, check_error_rule, gradients, laid_out, operands, tracked
 from tests.ops.test_lora_linear import DTYPES
@@ -138,6 +142,45 @@ def test_sums_are_parted_and_h_kept_in_the_branch_dtype(on_triton: list[str]) ->
     gradients(lora_linear, case, None)
     # h by parts of the columns; dB, dA by parts of the rows; dz by stripes
     assert on_triton.count("reduce") == 4
+
+
+@pytest.fixture
+def whole_parts() -> Iterator[None]:
+    """torch may not round the parts of its products."""
+    torch.backends.cuda.matmul.allow_bf16_reduced_precision_reduction = False
+    yield
+    torch.backends.cuda.matmul.allow_bf16_reduced_precision_reduction = True
+
+
+def dtypes_of_parts(dtypes: str) -> set[torch.dtype]:
+    """Of what ``reduce_kernel`` adds up in forward and backward."""
+    case = operands("everything", (50,), 200, 60, 12, *DTYPES[dtypes])
+    branch = prepare(
+        **{n: v for n, v in case.items() if n not in ("weight", "bias")}, scale=2.0, dropout_p=0.0, seed=None
+    )
+    x, h, dy = case["x"], case["x"].new_empty(50, 12, dtype=case["A"].dtype), case["x"].new_empty(50, 60)
+    with recorded() as launches:
+        kernels.forward(x, case["weight"], None, branch)
+        kernels.backward(dy, h, x, case["weight"], branch, [True, False, False, *[True] * 6])
+    return {one.arguments[0].dtype for one in launches if one.kernel.__name__ == "reduce_kernel"}
+
+
+def test_parts_are_rounded_only_where_torch_rounds_its_own(on_triton: list[str]) -> None:
+    found = {dtypes: dtypes_of_parts(dtypes) for dtypes in ("bf16", "fp16", "fp32 on bf16", "fp32")}
+    assert found.pop("bf16") == {torch.bfloat16}
+    assert set(map(frozenset, found.values())) == {frozenset([torch.float32])}
+
+
+def test_parts_are_whole_where_torch_may_not_round_its_own(on_triton: list[str], whole_parts: None) -> None:
+    assert dtypes_of_parts("bf16") == {torch.float32}
+    case = operands("everything", (50,), 200, 60, 12, torch.bfloat16)
+    check_error_rule(lora_linear, lora_linear_ref, case, scale=1.7, dropout_p=0.3, seed=SEED)
+
+
+def test_error_rule_with_many_parts(on_triton: list[str]) -> None:
+    """16 of each sum, rounded to bf16."""
+    case = operands("plain", (256,), 512, 256, 12, torch.bfloat16)
+    check_error_rule(lora_linear, lora_linear_ref, case, dropout_p=0.1, seed=SEED)
 
 
 @pytest.mark.parametrize("form", ["plain", "everything"])

@@ -28,7 +28,7 @@ class Config(NamedTuple):
     stages: int = 2
 
 
-# Into how many programs a kernel is parted that keeps sums in registers: one for each multiprocessor.
+# Multiprocessors of A100, H100 SXM, B200, MI300X and of a small GPU, for compiling and counting without one.
 _PROGRAMS = {"sm_80": 108, "sm_90": 132, "sm_100": 148, "gfx942": 304, "cautious": 80}
 
 # Rows, columns, warps and stages by the ranks of a tile, of the square kernels by q: 16, 32, 64, 128 and 256, as far as
@@ -236,8 +236,16 @@ def shipped(kernel: str, ranks: int, itemsize: int, of: str) -> Config:
 
 
 def programs(of: str) -> int:
-    """Into how many programs a kernel is parted at most, so that small inputs fill the GPU, too."""
+    """Into how many programs a kernel is parted at most, so that small inputs fill a GPU of the family, too."""
     return _PROGRAMS[of]
+
+
+@cache
+def multiprocessors(device: torch.device) -> int:
+    """Of the GPU that is there: those of a family differ, and one program too many for each would take twice the time."""
+    if device.type != "cuda":
+        return programs(family(device))
+    return torch.cuda.get_device_properties(device).multi_processor_count
 
 
 @cache

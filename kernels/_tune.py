@@ -21,7 +21,7 @@ from typing import Any, TypeVar
 
 import torch
 import triton
-from mbf.kernels._configs import Config, family, neighbours, programs, shipped
+from mbf.kernels._configs import Config, family, multiprocessors, neighbours, programs, shipped
 from mbf.kernels._launch import eager
 
 Choice = TypeVar("Choice")
@@ -66,8 +66,9 @@ def family_for(device: torch.device) -> str:
 
 
 def programs_for(device: torch.device) -> int:
-    """Into how many programs a kernel is parted at most."""
-    return programs(family_for(device))
+    """Into how many programs a kernel is parted at most: one for each multiprocessor."""
+    named = (_forced.get() or {}).get("family")
+    return programs(named) if named else multiprocessors(device)
 
 
 def tier_for(name: str, like: torch.Tensor, size: tuple[int, ...], trial: Callable[[str], Any]) -> str:

@@ -2,11 +2,12 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
 from mbf.kernels import _tune
-from mbf.kernels._configs import FAMILIES, Config, neighbours, of_capability, programs, shipped
+from mbf.kernels._configs import FAMILIES, Config, multiprocessors, neighbours, of_capability, programs, shipped
 from mbf.kernels._launch import spans
 from mbf.kernels._operands import at_once, most_rank, padded, together
 from mbf.kernels._specimens import Terms
@@ -92,6 +93,24 @@ def test_a_table_answers_for_every_launch(family: str) -> None:
                 config = shipped(kernel, padded(rank), dtype.itemsize, family)
                 assert min(config) > 0 and config.rows >= 16 and config.columns >= 16
                 assert all(min(one) > 0 for one in neighbours(config))
+
+
+def test_there_are_as_many_programs_as_the_gpu_has_multiprocessors(monkeypatch: pytest.MonkeyPatch) -> None:
+    """An H100 PCIe has 114 of them, the SXM form 132."""
+    asked = []
+
+    def properties(device: torch.device) -> SimpleNamespace:
+        asked.append(device)
+        return SimpleNamespace(multi_processor_count=114)
+
+    monkeypatch.setattr(torch.cuda, "get_device_properties", properties)
+    multiprocessors.cache_clear()
+    gpu = torch.device("cuda", 1)
+    assert [_tune.programs_for(gpu) for _ in range(2)] == [114, 114] and asked == [gpu]
+    multiprocessors.cache_clear()
+    with _tune.forced({"family": "sm_80"}):
+        assert _tune.programs_for(gpu) == _tune.programs_for(CPU) == 108 and asked == [gpu]
+    assert _tune.programs_for(CPU) == programs("sm_90")
 
 
 def test_branches_go_together_if_they_are_alike() -> None:

@@ -242,7 +242,7 @@ def programs(of: str) -> int:
 
 @cache
 def multiprocessors(device: torch.device) -> int:
-    """Of the GPU that is there: those of a family differ, and one program too many for each would take twice the time."""
+    """Of the GPU that is there: those of a family differ, and one program too many would take twice the time."""
     if device.type != "cuda":
         return programs(family(device))
     return torch.cuda.get_device_properties(device).multi_processor_count

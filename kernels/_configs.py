@@ -53,7 +53,7 @@ _TABLES = {
             "64x128x8x2 32x64x8x2 16x32x4x2 16x32x4x2",
         ),
         "input_gradient": (
-            "32x256x8x2 32x256x8x2 32x128x8x2 32x128x8x2 16x64x4x2",
+            "32x256x8x2 32x256x8x2 32x128x8x2 32x128x8x2 16x64x4x1",
             "32x128x8x2 32x128x8x2 16x128x8x2 16x32x4x2",
         ),
         "input_gradient_group": (
@@ -179,7 +179,7 @@ _TABLES = {
             "32x128x8x2 32x64x8x2 16x64x4x2 16x32x4x2",
         ),
         "input_gradient": (
-            "32x256x8x2 32x256x8x2 32x128x8x2 32x128x8x2 16x64x4x2",
+            "32x256x8x2 32x256x8x2 32x128x8x2 32x128x8x2 16x64x4x1",
             "32x128x8x2 32x64x8x2 16x64x4x2 16x32x8x1",
         ),
         "input_gradient_group": (

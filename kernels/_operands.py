@@ -61,8 +61,9 @@ def parts_dtype(branch: Any) -> torch.dtype:
     Those of a bf16 branch are rounded to bf16 where torch lets its own products do so, as it does by default: that
     halves their bytes, and an error as large as that of the final rounding joins it. fp16 has not the range.
     """
-    may = torch.backends.cuda.matmul.allow_bf16_reduced_precision_reduction
-    return torch.bfloat16 if branch.A.dtype == torch.bfloat16 and may else sums_dtype(branch)
+    if branch.A.dtype == torch.bfloat16 and torch.backends.cuda.matmul.allow_bf16_reduced_precision_reduction:
+        return torch.bfloat16
+    return sums_dtype(branch)
 
 
 def precision(device: torch.device) -> str:

@@ -178,7 +178,7 @@ def test_parts_are_whole_where_torch_may_not_round_its_own(on_triton: list[str],
 
 
 def test_error_rule_with_many_parts(on_triton: list[str]) -> None:
-    """16 of each sum, rounded to bf16."""
+    """16 shares of dz, 8 parts of the other sums, rounded to bf16."""
     case = operands("plain", (256,), 512, 256, 12, torch.bfloat16)
     check_error_rule(lora_linear, lora_linear_ref, case, dropout_p=0.1, seed=SEED)
 

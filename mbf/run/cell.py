@@ -77,7 +77,7 @@ class Cell:
         self.joint = methods.get(key.method.name).joint
         self.rounds = [(AT_ONCE, self.tasks)] if self.joint else [(name, (name,)) for name in self.tasks]
         self.processes = bench.processes
-        self.ledger = self.processes.on_main(lambda: Ledger.read(self.directory.progress, self.tasks))
+        self.ledger = self.processes.on_main(lambda: Ledger.read(self.directory.progress, self.tasks, self.joint))
 
     def run(self) -> RunResult:
         """Do what is left, write adapter and result."""

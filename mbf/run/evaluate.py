@@ -113,7 +113,7 @@ def evaluate(
             of a single process.
 
     Raises:
-        ValueError: labels cannot be ranked, as their scores are NaN.
+        ValueError: the model gives NaN, by which no labels are ranked and no tokens chosen.
     """
     order = sorted(range(len(tests.prompts)), key=lambda row: len(tests.prompts[row]))
     batches = [order[start : start + batch_size] for start in range(0, len(order), batch_size)]
@@ -139,8 +139,8 @@ def evaluate(
         points = processes.total(points)
     if bad := int(points.isnan().sum()):
         raise ValueError(
-            f"task {tests.name}: the model gives NaN for {bad} of {len(order)} test rows, wanted log-likelihoods of "
-            "the labels; compute in a wider dtype (dtype: bfloat16 or float32), or load the model anew"
+            f"task {tests.name}: the model gives NaN for {bad} of {len(order)} test rows, wanted numbers to choose "
+            "answers by; compute in a wider dtype (dtype: bfloat16 or float32), or load the model anew"
         )
     return 100.0 * sum(points[order].tolist()) / len(order)
 
@@ -203,7 +203,7 @@ def same_answer(prediction: str, reference: str) -> bool:
 
 
 def _predict(model: nn.Module, tests: TestSet, prompts: list[list[int]], sharded: bool) -> list[str | None]:
-    """An answer to each prompt; None where no label is the most likely one, as there are NaN among them."""
+    """An answer to each prompt; None where there are NaN among what it would be chosen by."""
     if tests.choices is None:
         return _generate(model, prompts, tests.encoder, sharded)
     scores = choice_scores(model, prompts, tests.choices, tests.encoder.tokenizer.pad_token_id)
@@ -215,7 +215,7 @@ def _predict(model: nn.Module, tests: TestSet, prompts: list[list[int]], sharded
 
 
 def _generate(model: Any, prompts: list[list[int]], encoder: Encoder, sharded: bool) -> list[str | None]:
-    from transformers import GenerationConfig
+    from transformers import GenerationConfig, LogitsProcessorList
 
     tokenizer = encoder.tokenizer
     device = next(model.parameters()).device
@@ -227,9 +227,24 @@ def _generate(model: Any, prompts: list[list[int]], encoder: Encoder, sharded: b
         pad_token_id=tokenizer.pad_token_id,
         use_cache=True,
     )
+    watch = _WatchForNaN(torch.zeros(len(prompts), dtype=torch.bool, device=device))
     # Synced: processes that are done go on with forwards that others need.
-    ids = model.generate(**inputs, generation_config=greedy, synced_gpus=sharded)[:, inputs["input_ids"].shape[1] :]
-    return [text.strip() for text in tokenizer.batch_decode(ids, skip_special_tokens=True)]
+    ids = model.generate(
+        **inputs, generation_config=greedy, synced_gpus=sharded, logits_processor=LogitsProcessorList([watch])
+    )
+    texts = tokenizer.batch_decode(ids[:, inputs["input_ids"].shape[1] :], skip_special_tokens=True)
+    return [None if bad else text.strip() for text, bad in zip(texts, watch.rows.tolist(), strict=True)]
+
+
+@dataclass(frozen=True)
+class _WatchForNaN:
+    """A logits processor that changes nothing and marks in ``rows`` those whose logits were NaN."""
+
+    rows: Tensor
+
+    def __call__(self, ids: Tensor, scores: Tensor) -> Tensor:
+        self.rows.logical_or_(scores.isnan().any(1))
+        return scores
 
 
 def _points(metric: str, prediction: str, answer: str) -> float:

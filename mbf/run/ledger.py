@@ -43,11 +43,11 @@ class Ledger(BaseModel):
     learned: list[Learned] = []
 
     @classmethod
-    def read(cls, path: Path, tasks: tuple[str, ...]) -> Ledger:
-        """The ledger at ``path``, or an empty one.
+    def read(cls, path: Path, tasks: tuple[str, ...], joint: bool) -> Ledger:
+        """The ledger at ``path``, or an empty one, of a method that learns all tasks at once (``joint``) or not.
 
         Raises:
-            RunError: it is damaged, or of other tasks.
+            RunError: it is damaged, of other tasks, or of a method that learns otherwise.
         """
         data = read_json(path)
         if data is None:
@@ -55,6 +55,10 @@ class Ledger(BaseModel):
         ledger = cls.parse(data, path)
         if ledger.tasks != tasks:
             raise RunError(f"{path}: found the tasks {', '.join(ledger.tasks)}, wanted {', '.join(tasks)}; {WAY}")
+        names = [one.name for one in ledger.learned]
+        wanted = [AT_ONCE] if joint else list(tasks[: len(names)])
+        if names and names != wanted:
+            raise RunError(f"{path}: found {', '.join(names)} learned, wanted {', '.join(wanted)}; {WAY}")
         return ledger
 
     @classmethod

@@ -58,7 +58,7 @@ READERS: dict[str, Callable[[Path], Any]] = {
     "run.json": RunDirectory.open,
     "compare.json": show,
     f"{CELL}/result.json": show,
-    f"{CELL}/progress.json": lambda root: Ledger.read(root / CELL / "progress.json", ("a",)),
+    f"{CELL}/progress.json": lambda root: Ledger.read(root / CELL / "progress.json", ("a",), joint=False),
     f"{CELL}/{FAILED}": lambda root: check_failure(read_json(root / CELL / FAILED), root / CELL / FAILED),
     "zero_shot.json": lambda root: check_scores(read_json(root / "zero_shot.json"), root / "zero_shot.json"),
 }

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from copy import deepcopy
+
 import pytest
 import torch
 from hypothesis import given, settings
@@ -140,6 +142,19 @@ def test_generation_is_greedy(tiny) -> None:
     for test, wanted in ((data, 100.0), (wrong, 200 / 3)):
         task = make_task("t", {"train": rows(["x"] * 4)[3:], "test": test}, labels=(), noun="n", metric="accuracy")
         assert evaluate(model, TestSet.of(task, encoder)) == pytest.approx(wanted)
+
+
+def test_answers_that_nan_chose_are_no_answers(tiny) -> None:
+    model, tokenizer = tiny
+    broken = deepcopy(model)
+    task = make_task("t", {"train": rows(["x"] * 4)[3:], "test": rows(["x"] * 3)}, labels=(), noun="n", metric="rougeL")
+    tests = TestSet.of(task, Encoder(tokenizer, 20, 5))
+    token = next(iter(set(tests.prompts[0]) - set(tests.prompts[1]) - set(tests.prompts[2])))
+    weight = model.lm_head.weight.detach().clone()  # the embeddings' apart from lm_head's, which they are tied to
+    weight[token] = torch.nan
+    broken.get_input_embeddings().weight = nn.Parameter(weight)
+    with pytest.raises(ValueError, match=r"task t: the model gives NaN for 1 of 3 test rows.*wider dtype"):
+        evaluate(broken, tests)
 
 
 @pytest.mark.parametrize("training", [True, False])

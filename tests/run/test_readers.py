@@ -11,7 +11,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from mbf.report.result import ResultError
-from mbf.run.directory import WAY, RunError
+from mbf.run.directory import WAY, RunError, write_json
 from mbf.run.ledger import AT_ONCE, Ledger, check_scores
 from tests.continual.test_readers import JSON
 from tests.fuzz.targets.run_directory import GOOD, READERS
@@ -76,6 +76,17 @@ def ledger(*learned: dict[str, Any]) -> dict[str, Any]:
 def test_a_ledger_that_no_run_wrote(data: dict[str, Any], message: str) -> None:
     with pytest.raises(RunError, match=rf"^/run/progress\.json: {message}.*; {re.escape(WAY)}$"):
         Ledger.parse(data, ROOT / "progress.json")
+
+
+@pytest.mark.parametrize(("learned", "wanted"), [(["a", "b"], AT_ONCE), ([AT_ONCE], "a")])
+def test_the_ledger_of_a_method_that_learns_otherwise(learned: list[str], wanted: str, tmp_path: Path) -> None:
+    path = tmp_path / "progress.json"
+    write_json(path, ledger(*({"name": name} for name in learned)))
+    otherwise = learned != [AT_ONCE]
+    found = f"{path}: found {', '.join(learned)} learned, wanted {wanted}; {WAY}"
+    with pytest.raises(RunError, match=f"^{re.escape(found)}$"):
+        Ledger.read(path, ("a", "b"), joint=otherwise)
+    assert [one.name for one in Ledger.read(path, ("a", "b"), joint=not otherwise).learned] == learned
 
 
 @pytest.mark.parametrize("learned", [[], ["a"], ["a", "b"], [AT_ONCE]])

@@ -2,12 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Iterable, Sequence
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
-from torch.autograd.function import once_differentiable
 from torch.nn import functional as F
 
 from mbf.ops import _branch
@@ -103,16 +102,6 @@ def saved(ctx: Any) -> tuple[Operands, tuple[Any, ...]]:
     )
     lists = [A, B, ctx.scales, gates, mixes, ctx.dropout_ps, seeds, merged_Bs, merge_weights]
     return Operands(weights, biases, lists), tensors[9 * n :]
-
-
-def once(backward: Callable[..., Any]) -> Callable[..., Any]:
-    """``once_differentiable``, but where no second derivative is in question without its cost."""
-    guarded = once_differentiable(backward)
-
-    def run(ctx: Any, *dys: Tensor | None) -> Any:
-        return guarded(ctx, *dys) if torch.is_grad_enabled() else backward(ctx, *dys)
-
-    return run
 
 
 def apply(function: type[torch.autograd.Function], *inputs: Any) -> Any:

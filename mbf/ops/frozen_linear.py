@@ -47,7 +47,7 @@ def _autograd_backward(ctx: Any, dy: Tensor) -> tuple[Tensor, None, None]:
     return _backward_operator(dy, *ctx.saved_tensors), None, None
 
 
-_enter = differentiable("frozen_linear", _setup_context, _autograd_backward)
+_enter = differentiable("frozen_linear", _setup_context, _autograd_backward, linear=1)
 
 
 # -- the face ----------------------------------------------------------------------------------------------------------

@@ -236,7 +236,7 @@ def _autograd_backward(ctx: Any, dy: Tensor | None, _: Tensor | None = None) -> 
 
 
 _backward_operator = entrance("lilora_accumulate_backward")
-_enter = differentiable("lilora_accumulate", _setup_context, _autograd_backward)
+_enter = differentiable("lilora_accumulate", _setup_context, _autograd_backward, linear=2)
 
 
 # -- the face ----------------------------------------------------------------------------------------------------------

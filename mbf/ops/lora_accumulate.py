@@ -121,7 +121,7 @@ def _autograd_backward(ctx: Any, dy: Tensor | None, _: Tensor | None = None) -> 
 
 
 _backward_operator = entrance("lora_accumulate_backward")
-_enter = differentiable("lora_accumulate", _setup_context, _autograd_backward)
+_enter = differentiable("lora_accumulate", _setup_context, _autograd_backward, linear=2)
 
 
 def check_output(y: Tensor, x: Tensor, B: Tensor) -> None:

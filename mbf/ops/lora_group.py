@@ -14,6 +14,7 @@ import torch
 from torch import Tensor
 
 from mbf.ops import _branch
+from mbf.ops._autograd import once
 from mbf.ops._composed import GRADIENTS, composed_backward, composed_forward
 from mbf.ops._gpu import entrance, with_cuda
 from mbf.ops._layers import (
@@ -30,7 +31,6 @@ from mbf.ops._layers import (
     layers_backward,
     linear,
     linear_ref,
-    once,
     operands,
     save,
     saved,
@@ -133,7 +133,7 @@ class LoraGroup(torch.autograd.Function):
         return tuple(results[:n])
 
     @staticmethod
-    @once
+    @once(linear=1)
     def backward(ctx: Any, *dys: Tensor | None) -> tuple[Tensor | None, ...]:
         need_x, _, *of_branches = ctx.needs_input_grad
         if all(dy is None for dy in dys):

@@ -127,7 +127,7 @@ define(
     by_cuda("lora_linear_backward"),
 )
 _backward_operator = entrance("lora_linear_backward")
-_enter = differentiable("lora_linear", _setup_context, _autograd_backward)
+_enter = differentiable("lora_linear", _setup_context, _autograd_backward, linear=1)
 
 
 # -- the face ----------------------------------------------------------------------------------------------------------

@@ -20,6 +20,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from mbf.ops import _branch
+from mbf.ops._autograd import once
 from mbf.ops._composed import GRADIENTS, composed_backward, composed_forward
 from mbf.ops._gpu import entrance, with_cuda
 from mbf.ops._layers import (
@@ -36,7 +37,6 @@ from mbf.ops._layers import (
     layers_backward,
     linear,
     linear_ref,
-    once,
     operands,
     save,
     saved,
@@ -180,7 +180,7 @@ class LoraMlp(torch.autograd.Function):
         return y
 
     @staticmethod
-    @once
+    @once(linear=0)
     def backward(ctx: Any, dy: Tensor | None) -> tuple[Tensor | None, ...]:
         if dy is None:
             return (None,) * len(ctx.needs_input_grad)

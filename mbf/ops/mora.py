@@ -270,7 +270,7 @@ def _autograd_backward(ctx: Any, dy: Tensor | None) -> tuple[Tensor | None, ...]
 
 
 _backward_operator = entrance("mora_accumulate_backward")
-_enter = differentiable("mora_accumulate", _setup_context, _autograd_backward)
+_enter = differentiable("mora_accumulate", _setup_context, _autograd_backward, linear=2)
 
 
 # -- the face ----------------------------------------------------------------------------------------------------------

@@ -97,13 +97,14 @@ def task_boundary_(merged: Pairs, finetuned: Pairs, weight: float | Tensor, *, i
 
     lists = (merged_A, merged_B, A, B)
     served = go_together(*lists) and native_serves(*lists)
-    if not served:
+    over_A = served and in_place and all([a.is_contiguous() for a in A])
+    if not served or (in_place and not over_A):  # the extension checks what it is given, which is then not Q over A_ft
         check()
     weight = weight_tensor(weight)
     with torch.no_grad():
         if served and A:
             try:
-                Q = list(A) if in_place and all([a.is_contiguous() for a in A]) else empty_like_all(A)
+                Q = list(A) if over_A else empty_like_all(A)
                 _on_one_device(merged_A, merged_B, Q, A, B, weight, range(len(A)))
             except (RuntimeError, TypeError):
                 check()

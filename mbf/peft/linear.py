@@ -62,6 +62,8 @@ class FusedForward(nn.Module):
         Raises:
             RuntimeError: an adapter is routed and the call cannot be fused, so the route could not be honoured.
         """
+        if not isinstance(self, FusedForward):  # released since somebody, a hook say, took this bound method
+            return type(self).forward(self, x, *args, **kwargs)
         active = self._computing()
         routes = self._routes
         routed = bool(routes) and any(adapter in routes for adapter in active)

@@ -14,7 +14,6 @@ from mbf.peft.groups import SharedInput
 from mbf.peft.linear import FusedLinear, calls
 
 LAYERS = ("gate_proj", "up_proj", "down_proj")
-_NAMES = {*LAYERS, "act_fn"}
 _ACTIVATIONS: dict[tuple[str, str], Activation] = {
     ("torch.nn.modules.activation", "SiLU"): "silu",
     ("transformers.activations", "SiLUActivation"): "silu",
@@ -30,10 +29,30 @@ def activation_of(mlp: nn.Module) -> Activation | None:
     return _ACTIVATIONS.get((type(module).__module__, type(module).__qualname__))
 
 
+def _returned(self: Any, x: Any) -> Any:
+    return self.down_proj(self.act_fn(self.gate_proj(x)) * self.up_proj(x))
+
+
+def _named_and_returned(self: Any, x: Any) -> Any:
+    down_proj = self.down_proj(self.act_fn(self.gate_proj(x)) * self.up_proj(x))
+    return down_proj  # as transformers writes it
+
+
+def _meaning(forward: Any) -> tuple[Any, ...] | None:
+    """What two functions that compute the same in the same steps have in common, whatever their arguments' names."""
+    code = getattr(forward, "__code__", None)
+    if code is None:
+        return None
+    constants = [constant for constant in code.co_consts if constant is not None and constant != forward.__doc__]
+    return code.co_names, code.co_code, constants, code.co_argcount, forward.__defaults__
+
+
+_FORMULAS = [_meaning(forward) for forward in (_returned, _named_and_returned)]
+
+
 def computes_the_formula(kind: type[nn.Module]) -> bool:
-    """Whether ``kind.forward`` is as transformers wrote it: a plain function of the three layers and ``act_fn``."""
-    code = getattr(kind.forward, "__code__", None)
-    return code is not None and {*code.co_names} == _NAMES
+    """Whether ``kind.forward`` is as transformers wrote it: step by step what this Python makes of the formula."""
+    return _meaning(kind.forward) in _FORMULAS
 
 
 class FusedMlp(SharedInput):
@@ -48,6 +67,8 @@ class FusedMlp(SharedInput):
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:
         """As the module's own forward: x [..., d_in] to [..., d_in]."""
+        if not isinstance(self, FusedMlp):  # as in FusedForward.forward
+            return type(self).forward(self, *args, **kwargs)
         if len(args) == 1 and not kwargs and not torch.compiler.is_compiling():
             x = args[0]
             activation = activation_of(self)

@@ -145,3 +145,11 @@ y, x, A, B = torch.randn(4, 5), torch.randn(4, 6), torch.randn(2, 6), torch.rand
 def test_errors(changed: dict[str, Any], message: str) -> None:
     with pytest.raises(ValueError, match=message):
         lora_accumulate(**{"y": y, "x": x, "A": A, "B": B, **changed})
+
+
+@pytest.mark.parametrize("loss", [Tensor.sum, lambda y: y.square().sum()], ids=["constant dy", "dy of y"])
+def test_second_derivative_is_refused_rather_than_wrong(loss: Any) -> None:
+    case = tracked(accumulating("plain", (4,), 6, 6, 2, *[torch.float64] * 3))
+    (dA,) = torch.autograd.grad(loss(lora_accumulate(**case)), case["A"], create_graph=True)
+    with pytest.raises(RuntimeError, match="no second derivatives"):
+        dA.sum().backward()

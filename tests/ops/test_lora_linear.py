@@ -182,11 +182,27 @@ def test_retained_graph_shared_input_and_frozen_operands() -> None:
     assert not lora_linear(**operands("plain", (4,), 6, 6, 2, torch.float64)).requires_grad
 
 
-def test_second_derivative_is_refused_rather_than_wrong() -> None:
+@pytest.mark.parametrize("loss", [Tensor.sum, lambda y: y.square().sum()], ids=["constant dy", "dy of y"])
+def test_second_derivative_is_refused_rather_than_wrong(loss: Any) -> None:
     case = tracked(operands("plain", (4,), 6, 6, 2, torch.float64))
-    (dA,) = torch.autograd.grad(lora_linear(**case).square().sum(), case["A"], create_graph=True)
-    with pytest.raises(RuntimeError, match="once_differentiable"):
+    (dA,) = torch.autograd.grad(loss(lora_linear(**case)), case["A"], create_graph=True)
+    with pytest.raises(RuntimeError, match="no second derivatives"):
         dA.sum().backward()
+
+
+@pytest.mark.filterwarnings("ignore:Using backward")
+def test_a_graph_of_first_derivatives_that_nobody_differentiates() -> None:
+    case = tracked(operands("plain", (4,), 6, 6, 2, torch.float64))
+    plain = torch.autograd.grad(lora_linear(**case).sum(), case["A"])
+    lora_linear(**case).sum().backward(create_graph=True)
+    torch.testing.assert_close(case["A"].grad.detach(), plain[0])
+
+
+def test_a_gradient_that_depends_on_nothing_is_a_constant() -> None:
+    case = operands("plain", (4,), 6, 6, 2, torch.float64)
+    x = case["x"].requires_grad_()
+    for function in (lora_linear, lora_linear_ref):
+        assert not torch.autograd.grad(function(**case).sum(), x, create_graph=True)[0].requires_grad
 
 
 @pytest.mark.parametrize("mode", [torch.no_grad, torch.inference_mode])

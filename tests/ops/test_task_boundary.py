@@ -132,6 +132,25 @@ def test_in_place_changes_nothing_where_a_task_diverged_or_memory_is_shared(back
     task_boundary_(merged, finetuned, 0.3)
 
 
+@pytest.mark.parametrize("backend", ["auto", "reference"])
+@pytest.mark.parametrize("how", ["merged A is A", "A overlap"])
+def test_in_place_shared_memory_is_refused_where_a_is_strided(backend, how):
+    merged, finetuned = factors(), factors(seed=1)
+    whole = torch.randn(finetuned[0][1].shape[0] + 2, 2 * finetuned[0][1].shape[1])
+    finetuned[0][1] = whole[2:, ::2]
+    if how == "merged A is A":
+        merged[0][1] = finetuned[0][1]
+    else:
+        merged[0].append(torch.zeros_like(merged[0][1]))
+        merged[1].append(torch.zeros_like(merged[1][1]))
+        finetuned[0].append(whole[:-2, ::2])
+        finetuned[1].append(torch.randn_like(finetuned[1][1]))
+    before = [t.clone() for t in (*merged[0], *merged[1], *finetuned[0])]
+    with use_backend(backend), pytest.raises(ValueError, match="memory"):
+        task_boundary_(merged, finetuned, 0.3, in_place=True)
+    assert all(torch.equal(a, b) for a, b in zip((*merged[0], *merged[1], *finetuned[0]), before, strict=True))
+
+
 def test_in_place_tells_autograd():
     merged, finetuned = factors(), factors(seed=1)
     A = finetuned[0][0] = torch.nn.Parameter(finetuned[0][0])

@@ -20,6 +20,7 @@ from torch import Tensor, nn
 
 import mbf
 from mbf.peft import FusedLinear
+from mbf.peft.frozen import FrozenLinear
 
 from .helpers import TARGETS, base_model, copies, llama, losses, randomise, tokens, took, trained
 
@@ -141,6 +142,27 @@ def test_an_unloaded_model_is_peft_s_and_has_no_class_of_mbf(unload: Callable[[A
     assert of_mbf(left) == set()
     assert left.state_dict().keys() == expected.state_dict().keys()
     assert all(torch.equal(value, expected.state_dict()[name]) for name, value in left.state_dict().items())
+
+
+def call_through(module: nn.Module) -> None:
+    """As accelerate's hooks do: the bound method is kept and called by a function in its place."""
+    kept = module.forward
+    module.forward = lambda *args, **kwargs: kept(*args, **kwargs)
+
+
+@pytest.mark.parametrize(
+    "undo", [lambda model: mbf.unfuse(model) or model, lambda model: model.unload(), lambda m: m.merge_and_unload()]
+)
+def test_forwards_that_somebody_took_while_they_were_fused(undo: Callable[[Any], Any]) -> None:
+    stock, twin = stock_and_fused()
+    head = twin.get_base_model().lm_head
+    head.__class__ = FrozenLinear  # on every machine
+    for block in twin.get_base_model().model.layers:
+        for module in (block.self_attn, block.mlp, block.mlp.gate_proj, block.self_attn.o_proj, head):
+            call_through(module)
+    ids = tokens()
+    torch.testing.assert_close(undo(twin)(input_ids=ids).logits, undo(stock)(input_ids=ids).logits)
+    assert of_mbf(twin) == set()
 
 
 # -- training ----------------------------------------------------------------------------------------------------------

@@ -294,13 +294,46 @@ def test_mlps_adapted_in_part(targets: list[str], whole: list[Any], groups: list
     assert groups == ([2, 2] if shares else []) and len(report.shared) == (2 if shares else 0)
 
 
-def test_a_forward_patched_into_the_class_is_run(monkeypatch: pytest.MonkeyPatch, whole: list[Any]) -> None:
+def halved(self: Any, x: Any) -> Any:
+    return 0.5 * self.down_proj(self.act_fn(self.gate_proj(x)) * self.up_proj(x))
+
+
+def exchanged(self: Any, x: Any) -> Any:
+    return self.down_proj(self.act_fn(self.up_proj(x)) * self.gate_proj(x))
+
+
+def of_a_default(self: Any, x: Any = None) -> Any:
+    return self.down_proj(self.act_fn(self.gate_proj(x)) * self.up_proj(x))
+
+
+@pytest.mark.parametrize("forward", [lambda self, x: 3 * x, halved, exchanged, of_a_default])
+def test_a_forward_patched_into_the_class_is_run(
+    monkeypatch: pytest.MonkeyPatch, whole: list[Any], forward: Any
+) -> None:
     model = family("Llama")
     x = torch.randn(2, 5, 32, dtype=torch.float64)
+    mlp = first_mlp(model)
+    wanted = forward(mlp, x)
     fuse(model)
-    monkeypatch.setattr(LlamaMLP, "forward", lambda self, x: 3 * x)
-    assert torch.equal(first_mlp(model)(x), 3 * x) and whole == []
-    assert fuse(model).mlps == () and len(fuse(model).shared) == 4
+    monkeypatch.setattr(LlamaMLP, "forward", forward)
+    torch.testing.assert_close(mlp(x), wanted)
+    assert whole == [] and fuse(model).mlps == () and len(fuse(model).shared) == 4
+
+
+def documented(self: Any, hidden: Any) -> Any:
+    """The formula, in other words."""
+    down_proj = self.down_proj(self.act_fn(self.gate_proj(hidden)) * self.up_proj(hidden))
+    return down_proj
+
+
+def test_the_same_formula_patched_into_the_class_is_computed_whole(
+    monkeypatch: pytest.MonkeyPatch, whole: list[Any]
+) -> None:
+    monkeypatch.setattr(LlamaMLP, "forward", documented)
+    model = family("Llama")
+    assert len(fuse(model).mlps) == 2
+    first_mlp(model)(torch.randn(2, 5, 32, dtype=torch.float64))
+    assert len(whole) == 1
 
 
 def test_arguments_that_it_does_not_take() -> None:

@@ -104,6 +104,11 @@ def saved(ctx: Any) -> tuple[Operands, tuple[Any, ...]]:
     return Operands(weights, biases, lists), tensors[9 * n :]
 
 
+def vectorised(dys: Sequence[Tensor | None]) -> bool:
+    """Whether backward runs for many gradients at once, as ``is_grads_batched`` has it: no operator of lists can."""
+    return any(dy is not None and torch._C._functorch.is_legacy_batchedtensor(dy) for dy in dys)
+
+
 def apply(function: type[torch.autograd.Function], *inputs: Any) -> Any:
     """``function.apply``, but without looking at every input for torch.func's transforms where none is active."""
     if torch._C._are_functorch_transforms_active():

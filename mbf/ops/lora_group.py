@@ -34,6 +34,7 @@ from mbf.ops._layers import (
     operands,
     save,
     saved,
+    vectorised,
     wrong_layer,
     wrong_types,
 )
@@ -141,7 +142,8 @@ class LoraGroup(torch.autograd.Function):
         given, (x, *hs) = saved(ctx)
         used = [dy is not None for dy in dys for _ in range(GRADIENTS)]
         needs = [need_x, *(need and use for need, use in zip(of_branches, used, strict=True))]
-        gradients = _backward_operator(dys, hs, x, given.weights, *given.branch, needs)
+        operator = _backward if vectorised(dys) else _backward_operator
+        gradients = operator(dys, hs, x, given.weights, *given.branch, needs)
         dx, *rest = (gradient if need else None for gradient, need in zip(gradients, needs, strict=True))
         return (dx, None, *rest)
 

@@ -40,6 +40,7 @@ from mbf.ops._layers import (
     operands,
     save,
     saved,
+    vectorised,
     wrong_types,
 )
 from mbf.ops._library import define, reference_only
@@ -187,7 +188,8 @@ class LoraMlp(torch.autograd.Function):
         need_x, _, _, _, *of_branches = ctx.needs_input_grad
         needs = [need_x, *of_branches]
         given, (x, g, u, *hs) = saved(ctx)
-        gradients = _backward_operator(dy, x, g, u, hs, *given[:2], *given.branch, ctx.activation, needs)
+        operator = _backward if vectorised([dy]) else _backward_operator
+        gradients = operator(dy, x, g, u, hs, *given[:2], *given.branch, ctx.activation, needs)
         dx, *rest = (gradient if need else None for gradient, need in zip(gradients, needs, strict=True))
         return (dx, None, None, None, *rest)
 

@@ -7,6 +7,7 @@ PEFT's LoRA layers, which are an ``nn.Module`` and a ``LoraLayer`` by two bases 
 
 from __future__ import annotations
 
+import math
 from typing import Any
 
 import torch
@@ -22,13 +23,13 @@ PLAIN = (nn.Parameter, Tensor)  # not DTensor, not a quantised or offloaded subc
 
 
 def plain_weight(module: nn.Module, resting: bool = False) -> Tensor | None:
-    """``module.weight`` if it is a registered, ordinary float tensor, else None.
+    """``module.weight`` if it is a registered, ordinary float tensor with strides, else None.
 
     ``resting`` is for a look between forwards: a weight that FSDP2 shards counts as the one that a forward gathers.
     """
     weight: Any = module._parameters.get("weight")
     ordinary = type(weight) in PLAIN or (resting and weight is not None and is_sharded(weight))
-    return weight if ordinary and weight.dtype in _DTYPES else None
+    return weight if ordinary and weight.dtype in _DTYPES and weight.layout is torch.strided else None
 
 
 def _watched(module: nn.Module) -> bool:
@@ -44,9 +45,9 @@ def _watched(module: nn.Module) -> bool:
 
 
 def transformed() -> bool:
-    """Whether torch.func or forward-mode differentiation is at work, outside of graphs that torch.compile traces."""
+    """Whether torch.func, forward-mode differentiation or torch.jit.trace is at work, not torch.compile."""
     return not torch.compiler.is_compiling() and (
-        torch._C._are_functorch_transforms_active() or forward_ad._current_level >= 0
+        torch._C._are_functorch_transforms_active() or forward_ad._current_level >= 0 or torch.jit.is_tracing()
     )
 
 
@@ -82,8 +83,11 @@ def adapter_reason(layer: Any, adapter: str, resting: bool = False) -> str | Non
     if weight_A.dtype is not weight_B.dtype:
         return f"A and B of adapter {adapter!r} differ in dtype: {weight_A.dtype} and {weight_B.dtype}"
     scale = layer.scaling[adapter]
-    if not (isinstance(scale, (float, int)) or (isinstance(scale, Tensor) and scale.dim() == 0)):
-        return f"the scaling of adapter {adapter!r} is {type(scale).__name__}, neither a number nor a 0-d tensor"
+    if isinstance(scale, Tensor):
+        if scale.dim() != 0 or not scale.is_floating_point():
+            return f"the scaling of adapter {adapter!r} is a {scale.dim()}-d {scale.dtype} tensor, not a 0-d float one"
+    elif not (isinstance(scale, (float, int)) and math.isfinite(scale)):
+        return f"the scaling of adapter {adapter!r} is {scale!r}, neither a finite number nor a 0-d tensor"
     return None
 
 
@@ -91,10 +95,12 @@ def call_reason(layer: Any, x: Tensor, active: list[str]) -> str | None:
     """Why this call with input ``x`` and the adapters ``active`` must go to PEFT's own forward, or None."""
     if type(x) not in PLAIN or x.dtype not in _DTYPES:
         return f"its input is {type(x).__name__} {getattr(x, 'dtype', '')}, not an ordinary float tensor"
+    if x.layout is not torch.strided or x.is_nested:
+        return f"its input is a {'nested' if x.is_nested else x.layout} tensor"
     if torch_module._has_any_global_hook():
         return "a global module hook is registered"
     if transformed():
-        return "a torch.func transform or forward-mode differentiation is active"
+        return "torch.func, forward-mode differentiation or torch.jit.trace is at work"
     if (reason := base_reason(layer)) is not None:
         return reason
     for adapter in active:

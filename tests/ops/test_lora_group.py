@@ -248,6 +248,17 @@ def test_second_derivative_is_refused_rather_than_wrong(loss: Any) -> None:
         dA.sum().backward()
 
 
+@pytest.mark.filterwarnings("ignore:There is a performance drop")
+@pytest.mark.parametrize("form", FORMS)
+def test_gradients_of_many_outputs_at_once(form: str) -> None:
+    flat = tracked(group(form, (2, 3), 5, torch.float64, torch.float64))
+    y = torch.cat(lora_group(flat["x"], layers(flat, 0.3)), -1)
+    leaves, dys = [leaf for leaf in flat.values() if leaf.requires_grad], torch.randn(3, *y.shape, dtype=y.dtype)
+    batched = torch.autograd.grad(y, leaves, dys, retain_graph=True, is_grads_batched=True)
+    single = [torch.autograd.grad(y, leaves, dy, retain_graph=True) for dy in dys]
+    torch.testing.assert_close(list(batched), [torch.stack(one) for one in zip(*single, strict=True)])
+
+
 @pytest.mark.parametrize("mode", [torch.no_grad, torch.inference_mode])
 def test_without_gradients(mode: Any) -> None:
     flat = tracked(group("everything", (4,), 6, torch.float64, torch.float64))

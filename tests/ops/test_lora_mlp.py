@@ -206,6 +206,18 @@ def test_second_derivative_is_refused_rather_than_wrong(loss: Any) -> None:
         dA.sum().backward()
 
 
+@pytest.mark.filterwarnings("ignore:There is a performance drop")
+@pytest.mark.parametrize("recompute", [False, True])
+@pytest.mark.parametrize("form", FORMS)
+def test_gradients_of_many_outputs_at_once(form: str, recompute: bool) -> None:
+    flat = tracked(mlp(form, (2, 3), 6, 5, torch.float64, torch.float64))
+    y = run(lora_mlp, flat, 0.3, recompute=recompute)
+    leaves, dys = [leaf for leaf in flat.values() if leaf.requires_grad], torch.randn(3, *y.shape, dtype=y.dtype)
+    batched = torch.autograd.grad(y, leaves, dys, retain_graph=True, is_grads_batched=True)
+    single = [torch.autograd.grad(y, leaves, dy, retain_graph=True) for dy in dys]
+    torch.testing.assert_close(list(batched), [torch.stack(one) for one in zip(*single, strict=True)])
+
+
 @pytest.mark.parametrize("mode", [torch.no_grad, torch.inference_mode])
 def test_without_gradients(mode: Any) -> None:
     flat = tracked(mlp("everything", (4,), 6, 5, torch.float64, torch.float64))

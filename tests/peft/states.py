@@ -301,6 +301,7 @@ DECLINED = [
     State("B of another class", False, replaced("lora_B", lambda: LoudLinear(4, D_OUT, bias=False))),
     State("A a tensor subclass, as DTensor is", False, change=lambda layer: tag(layer.lora_A["default"])),
     State("scaling a tensor with a dimension", False, cast=lambda x: x.scaling.update(default=torch.tensor([0.5]))),
+    State("scaling a tensor of whole numbers", False, cast=lambda x: x.scaling.update(default=torch.tensor(2))),
     State(
         "A parametrised",
         False,

@@ -3,14 +3,15 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Iterator
+import math
+from collections.abc import Callable, Iterator
 
 import pytest
 import torch
 import torch.distributed as dist
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from torch import nn
+from torch import Tensor, nn
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.tensor import DTensor, Replicate, distribute_tensor
 from torch.utils.checkpoint import checkpoint
@@ -69,6 +70,48 @@ def test_tensor_subclass_as_base_weight_is_run_by_the_base_layer() -> None:
     with took("fast", 1):
         y = layer(x)
     torch.testing.assert_close(y, expected)
+
+
+@pytest.mark.filterwarnings("ignore:Sparse CSR tensor support is in beta")
+def test_a_sparse_base_weight_is_run_by_the_base_layer() -> None:
+    layer, x = lora(), torch.randn(5, 15)
+    layer.base_layer.weight = nn.Parameter(layer.base_layer.weight.detach().to_sparse_csr(), requires_grad=False)
+    expected = layer(x)
+    layer.__class__ = FusedLinear
+    with took("fast", 1):
+        torch.testing.assert_close(layer(x), expected)
+
+
+@pytest.mark.filterwarnings("ignore:Sparse CSR tensor support is in beta")
+@pytest.mark.filterwarnings("ignore:The PyTorch API of nested tensors")
+@pytest.mark.parametrize(
+    "make",
+    [Tensor.to_sparse_csr, Tensor.to_sparse, lambda x: torch.nested.nested_tensor([x[:2], x[2:]])],
+    ids=["CSR", "COO", "nested"],
+)
+def test_an_input_without_strides_is_peft_s(make: Callable[[Tensor], Tensor]) -> None:
+    layer, x = lora(nn.Linear(15, 12, bias=False)), torch.randn(5, 15)
+    given = make(x)
+    expected = layer(given)
+    fused = swapped(layer)
+    with took("slow"):
+        got = fused(given)
+    dense = [torch.cat([*y.unbind()]) if y.is_nested else y.to_dense() for y in (got, expected)]
+    assert torch.equal(*dense)
+
+
+def test_a_scaling_that_is_not_finite_is_peft_s() -> None:
+    layer, x = lora(), torch.randn(5, 15)
+    layer.scaling["default"] = math.nan
+    fused = swapped(layer)
+    with took("slow"):
+        assert fused(x).isnan().all()
+
+
+def test_traced_by_torch_jit() -> None:
+    layer, x = lora(lora_dropout=0.1).eval(), torch.randn(5, 15)
+    traced = torch.jit.trace(swapped(layer), x)
+    torch.testing.assert_close(traced(x + 1), layer(x + 1))
 
 
 def test_function_transforms() -> None:

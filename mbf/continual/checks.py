@@ -34,6 +34,14 @@ class NonFiniteAdapterError(DivergedError):
     """A task left inf or NaN in the adapter; names the task, the layers and the values."""
 
 
+def check_task_name(name: str, argument: str = "name") -> None:
+    if not isinstance(name, str):
+        raise TypeError(
+            f"{argument}: found {name!r} of type {type(name).__name__}, wanted a string, which history and files keep; "
+            "name the task, such as 'reviews'"
+        )
+
+
 def check_max_norm(max_norm: float | None) -> None:
     if max_norm is not None and not max_norm > 0:
         raise ValueError(f"max_norm: found {max_norm!r}, wanted a number above 0, or None for no limit")
@@ -47,8 +55,9 @@ def check_name(adapter: str) -> None:
 
 
 def check_can_begin(learner: ContinualLora, name: str, i: int, data: Batches | None) -> None:
-    """Raise TaskError unless task ``i`` can begin."""
+    """Raise TaskError unless task ``i`` can begin, TypeError if its name is no string."""
     method, adapter = learner.method, learner.adapter
+    check_task_name(name)
     if learner.current_task is not None:
         raise TaskError(f"task {learner.current_task!r} is in progress; end or abandon it before {name!r} begins")
     if method.joint and learner.history:

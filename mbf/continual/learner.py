@@ -26,6 +26,7 @@ from mbf.continual.checks import (
     check_name,
     check_same,
     check_step,
+    check_task_name,
 )
 from mbf.continual.hooks import TrainingHooks
 from mbf.continual.replicas import Replicas
@@ -88,6 +89,7 @@ class ContinualLora:
     Raises:
         ValueError: unknown method, ``max_norm`` not above 0, or an adapter whose name no checkpoint can hold (dot,
             slash, space), or that no merge rule covers (DoRA, lora_bias, modules_to_save, ...).
+        TypeError: ``learnt`` is neither a string, False nor None.
         pydantic.ValidationError: unknown or wrong options.
 
     Between tasks the adapter *is* the merged LoRA: evaluate it, ``save_pretrained`` it, push it. Inside a task it is
@@ -113,6 +115,8 @@ class ContinualLora:
     ) -> None:
         check_max_norm(max_norm)
         check_name(adapter)
+        if learnt is not None and learnt is not False:
+            check_task_name(learnt, "learnt")
         if isinstance(method, Method) and options:
             raise ValueError(
                 f"options {sorted(options)} come with a method that is built already; pass its name instead"
@@ -181,6 +185,7 @@ class ContinualLora:
         Raises:
             TaskError: a task is in progress, the adapter is inactive or merged into W, the method needs ``data``, or
                 does what parameters sharded by FSDP2 cannot.
+            TypeError: the name is no string.
         """
         i = len(self.history) + 1
         reshard(self.model)

@@ -3,6 +3,7 @@
 import copy
 import math
 
+import numpy as np
 import pytest
 import torch
 from transformers import Trainer, TrainingArguments
@@ -354,6 +355,19 @@ def test_misuse_is_refused_before_anything_changes():
         mbf.ContinualLora(model, adapter="other")
     with pytest.raises(ValueError, match="built already"):
         mbf.ContinualLora(model, Recorder(), start="zero")
+
+
+@pytest.mark.parametrize("name", [0, None, True, np.int64(3), b"x"])
+def test_a_task_name_that_is_no_string_is_refused_before_anything_changes(name):
+    model = peft_model()
+    learner = mbf.ContinualLora(model)
+    before = factors(learner)
+    with pytest.raises(TypeError, match=r"^name: found .* wanted a string"), learner.task(name):
+        pass
+    assert equal(factors(learner), before) and not learner.in_task and not learner.history
+    if name is not None:
+        with pytest.raises(TypeError, match=r"^learnt: found .* wanted a string"):
+            mbf.ContinualLora(model, learnt=name)
 
 
 def test_joint_method_takes_one_task():

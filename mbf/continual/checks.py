@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from mbf.continual.header import NAME
-from mbf.methods import Batches, Factors
+from mbf.methods import Batches, Factors, Method
 from mbf.peft.sharded import is_sharded, whole
 
 if TYPE_CHECKING:
@@ -67,6 +67,7 @@ def check_can_begin(learner: ContinualLora, name: str, i: int, data: Batches | N
         )
     if method.needs_data and data is None:
         raise TaskError(f"method {method.name!r} takes statistics of the task: call task({name!r}, data=batches)")
+    check_data(method, data)
     for layer in learner.layers:
         if adapter not in layer.module.active_adapters:
             raise TaskError(
@@ -77,6 +78,15 @@ def check_can_begin(learner: ContinualLora, name: str, i: int, data: Batches | N
             raise TaskError(f"an adapter is merged into W of {layer.name}; call model.unmerge_adapter()")
     if any(layer.sharded for layer in learner.layers):
         _check_can_shard(learner, name, i)
+
+
+def check_data(method: Method, data: Batches | None) -> None:
+    """Raise TaskError if the method goes through ``data``, which can be gone through only once."""
+    if method.needs_data and isinstance(data, Iterator):
+        raise TaskError(
+            f"method {method.name!r} goes through the task's data more than once, and data is a {type(data).__name__}, "
+            "which is its own iterator and empty afterwards; pass a list, a DataLoader, or list(data)"
+        )
 
 
 def _check_can_shard(learner: ContinualLora, name: str, i: int) -> None:

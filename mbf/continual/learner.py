@@ -19,6 +19,7 @@ from mbf.continual.checks import (
     TaskError,
     check_can_adopt,
     check_can_begin,
+    check_data,
     check_finite,
     check_finite_parameters,
     check_gains,
@@ -60,6 +61,7 @@ class _Active:
 
     name: str
     index: int
+    data: Batches | None
     merged: Factors
     state: dict[str, Any]
     trained: list[tuple[bool, bool]]
@@ -164,7 +166,7 @@ class ContinualLora:
 
         Args:
             name: what the task is called in history and errors.
-            data: batches of the task, for methods that take statistics of it; others ignore it.
+            data: batches of the task, as for ``begin_task``.
         """
         self.begin_task(name, data)
         try:
@@ -177,14 +179,19 @@ class ContinualLora:
             if hasattr(error, "add_note"):
                 error.add_note(note)
             raise
-        self.end_task(data)
+        self.end_task()
 
     def begin_task(self, name: str, data: Batches | None = None) -> None:
         """Write the task's starting LoRA into the adapter. Build the optimiser after this: parameters may be replaced.
 
+        Args:
+            name: what the task is called in history and errors.
+            data: batches of the task, for methods that take statistics of it, before it and at its end; others ignore
+                it. A list, a DataLoader or the like, which can be gone through more than once.
+
         Raises:
-            TaskError: a task is in progress, the adapter is inactive or merged into W, the method needs ``data``, or
-                does what parameters sharded by FSDP2 cannot.
+            TaskError: a task is in progress, the adapter is inactive or merged into W, the method needs ``data`` that
+                is missing or an iterator, or does what parameters sharded by FSDP2 cannot.
             TypeError: the name is no string.
         """
         i = len(self.history) + 1
@@ -197,6 +204,7 @@ class ContinualLora:
         self._active = _Active(
             name=name,
             index=i,
+            data=data,
             merged=self.method.merged,
             state=dict(self.method.state),
             trained=[(layer.A.requires_grad, layer.B.requires_grad) for layer in self.layers],
@@ -254,13 +262,18 @@ class ContinualLora:
     def end_task(self, data: Batches | None = None) -> None:
         """Merge what was learnt: afterwards the adapter is the merged LoRA.
 
+        Args:
+            data: other batches than those that ``begin_task`` was given.
+
         Raises:
             NonFiniteAdapterError: the trained or the merged LoRA has inf or NaN; the task is undone.
             DivergedError: it is larger than ``max_norm`` allows; the task is undone.
-            TaskError: no task is in progress; or the processes that train together hold different adapters, and the
-                task is undone.
+            TaskError: no task is in progress; the method needs ``data``, and it is an iterator (the task is still in
+                progress); or the processes that train together hold different adapters, and the task is undone.
         """
         active = self._require_active("end_task")
+        data = active.data if data is None else data
+        check_data(self.method, data)
         reshard(self.model)
         try:
             trained, what = self.method.current, f"task {active.index} {active.name!r} left"

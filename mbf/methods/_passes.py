@@ -217,7 +217,7 @@ def _as_it_is(method: Method) -> Iterator[None]:
 
 def _batches(method: Method, data: Batches | None, limit: int | None) -> Iterator[dict[str, Any]]:
     if data is None:
-        raise ValueError(f"method {method.name!r} takes statistics of the task: give its batches to end_task, too")
+        raise ValueError(f"method {method.name!r} takes statistics of the task: give its batches to begin_task")
     device, count = method.layers[0].A.device, 0
     for count, batch in enumerate(data, 1):
         yield {name: value.to(device) if isinstance(value, Tensor) else value for name, value in batch.items()}

@@ -1,7 +1,9 @@
 """The learner on a real (tiny, random) Llama: every method, any loop, and what happens when a task goes wrong."""
 
 import copy
+import gc
 import math
+import weakref
 
 import numpy as np
 import pytest
@@ -368,6 +370,31 @@ def test_a_task_name_that_is_no_string_is_refused_before_anything_changes(name):
     if name is not None:
         with pytest.raises(TypeError, match=r"^learnt: found .* wanted a string"):
             mbf.ContinualLora(model, learnt=name)
+
+
+def test_data_that_can_be_gone_through_only_once_are_refused_before_anything_changes():
+    class Data(list):
+        pass
+
+    model = peft_model()
+    learner = mbf.ContinualLora(model, "inflora")
+    before = factors(learner)
+    with pytest.raises(TaskError, match=r"'inflora' goes through .* generator, .* pass a list, a DataLoader"):
+        learner.begin_task("one", (one for one in batches(1)))
+    assert equal(factors(learner), before) and not learner.in_task
+    data = Data(batches(1))
+    learner.begin_task("one", data)
+    train(model, 1)
+    with pytest.raises(TaskError, match="list_iterator"):
+        learner.end_task(iter(batches(1)))
+    assert learner.in_task
+    learner.end_task()
+    dead = weakref.ref(data)
+    del data
+    gc.collect()
+    assert dead() is None
+    with mbf.ContinualLora(peft_model()).task("one", iter(batches(1))) as plain:  # slao looks at no data
+        train(plain.model, 1)
 
 
 def test_joint_method_takes_one_task():

@@ -245,7 +245,7 @@ def test_an_iterator_that_was_used_up_is_named(look):
     look(rule, once)
     with pytest.raises(ValueError, match=r"'seqlora'.*gave no batch.*\(a list, a DataLoader\), not an iterator"):
         look(rule, once)
-    with pytest.raises(ValueError, match="give its batches to end_task, too"):
+    with pytest.raises(ValueError, match="give its batches to begin_task"):
         look(rule, None)
 
 

@@ -306,7 +306,7 @@ class ContinualLora:
         self._restore_requires_grad(active)
         seconds = time.perf_counter() - active.began
         self.history.append(TaskRecord(active.index, active.name, active.hooks.steps, seconds))
-        self._active = None
+        self._active, self.method.merged = None, Factors()
 
     def abandon_task(self) -> None:
         """Undo the task in progress: the adapter and the method's state are again what they were before it.
@@ -324,7 +324,7 @@ class ContinualLora:
             layer.A.grad = layer.B.grad = None
         sync_config(self.model, self.adapter)
         self._restore_requires_grad(active)
-        self._active = None
+        self._active, self.method.merged = None, Factors()
         if self.history:
             self.method.select(None)
 
@@ -444,9 +444,10 @@ class ContinualLora:
         checkpoint.export(self, directory)
 
     def memory_bytes(self) -> dict[str, int]:
-        """Bytes that persist between tasks: ``adapter`` (A and B) and ``state`` (all else the method keeps)."""
+        """Bytes that are held between tasks: ``adapter`` (A and B), ``state`` (all else the method keeps), and
+        ``ahead``: what was computed for the start of the next task already and is not saved (``slao``'s next A)."""
         adapter = sum(p.numel() * p.element_size() for layer in self.layers for p in (layer.A, layer.B))
-        return {"adapter": adapter, "state": self.method.state_bytes()}
+        return {"adapter": adapter, "state": self.method.state_bytes(), "ahead": self.method.ahead_bytes()}
 
     # -- checks --------------------------------------------------------------------------------------------------------
 
@@ -472,6 +473,7 @@ class ContinualLora:
         self.method.merged = self.method.current.clone()
         with torch.no_grad(), self.replicas.same_randomness(self._device):
             self.method.after_task(1, None)
+        self.method.merged = Factors()
         self._share()
         sync_config(self.model, self.adapter)
         self.history.append(TaskRecord(1, name, 0, 0.0))

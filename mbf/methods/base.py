@@ -137,7 +137,7 @@ class Method:
         own_operator: its routes give the terms of an operator of its own, not of ``lora_linear``.
         model: the model that is trained, set by the learner.
         layers: the adapted layers, set by the learner.
-        merged: the merged LoRA as it was when the current task began (what a roll-back restores).
+        merged: the merged LoRA as it was when the current task began (what a roll-back restores); empty between tasks.
         terms: the route in force, if any.
         learned: the parameters of its own in the task in progress, by name; empty between tasks.
         total: the sum of a tensor over the processes that train together, each of which must call it; set by the
@@ -316,6 +316,10 @@ class Method:
     def state_bytes(self) -> int:
         """Bytes that the method keeps beside the adapter."""
         return sum(t.numel() * t.element_size() for t in self.state_dict().values())
+
+    def ahead_bytes(self) -> int:
+        """Bytes that the method holds for the start of the next task, beside ``state`` and never saved."""
+        return 0
 
 
 def _alone(tensor: Tensor) -> Tensor:

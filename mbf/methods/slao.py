@@ -93,7 +93,7 @@ class Slao(Method):
     def __init__(self, **options: Any) -> None:
         super().__init__(**options)
         self.changes_rank = self.options.rank is not None
-        self._projected_B_merge: list[Tensor] | None = None  # after a change of rank
+        self._projected_B_merge: list[Tensor] | None = None  # in a task that changes the rank
         self._basis_of: tuple[Factors, list[Tensor]] | None = None  # the last (A_ft, B_ft), and Q of A_ft
 
     def trains(self, i: int) -> tuple[bool, bool]:
@@ -136,6 +136,12 @@ class Slao(Method):
         self.write(merged)  # evaluate and ship (A_merge, B_merge) ...
         if self.options.start == "last_ft":
             self.state = {"ft": finetuned}  # ... and keep (A_ft, B_ft) for the next start
+
+    def select(self, task: int | None) -> None:
+        self._projected_B_merge = None  # the task is over, or undone
+
+    def ahead_bytes(self) -> int:
+        return sum(Q.numel() * Q.element_size() for Q in self._basis_of[1]) if self._basis_of else 0
 
     # -- the same with the options of the ablations ------------------------------------------------------------------
 

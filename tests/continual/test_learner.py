@@ -1,5 +1,6 @@
 """The learner on a real (tiny, random) Llama: every method, any loop, and what happens when a task goes wrong."""
 
+import contextlib
 import copy
 import gc
 import math
@@ -85,7 +86,39 @@ def test_slao_is_algorithm_1_on_the_model():
     for n, layer in enumerate(learner.layers):
         assert torch.equal(layer.A, tuned[-1].A[n])
         torch.testing.assert_close(layer.B.data, sum(c * t.B[n] for c, t in zip(w, tuned, strict=True)), **CLOSE)
-    assert learner.memory_bytes() == {"adapter": tuned[0].bytes(), "state": tuned[0].bytes()}
+    next_A = sum(A.nbytes for A in tuned[0].A)
+    assert learner.memory_bytes() == {"adapter": tuned[0].bytes(), "state": tuned[0].bytes(), "ahead": next_A}
+
+
+@pytest.mark.parametrize(
+    ("name", "options"),
+    [("slao", {}), ("slao", {"basis": "rsvd", "B_start": "preserve", "rank": 2}), ("inclora", {}), ("opcm", {})],
+)
+def test_memory_bytes_are_what_is_alive_beside_the_model(name, options):
+    model = peft_model()
+    train(model, 0, steps=1)  # whatever torch and PEFT keep from the first time on
+    gc.collect()
+    before = storages(model)
+    learner = mbf.ContinualLora(model, name, learnt=False, **options)
+    for i in (1, 2, 3, None):
+        with contextlib.suppress(KeyboardInterrupt), learner.task(f"t{i}"):
+            train(model, i or 4)
+            if i is None:
+                raise KeyboardInterrupt
+        model.zero_grad()
+        gc.collect()
+        alive = {start: size for start, size in storages(model).items() if start not in before}
+        found, numbers = learner.memory_bytes(), 8 * sum(isinstance(v, float) for v in learner.method.state.values())
+        assert sum(alive.values()) == found["state"] - numbers + found["ahead"]
+        assert found["adapter"] == factors(learner).bytes()
+
+
+def storages(model):
+    """The size of all memory that tensors lie in, by its address, without the model's parameters."""
+    own = {p.untyped_storage().data_ptr() for p in model.parameters()}
+    tensors = [o for o in gc.get_objects() if type(o) in (torch.Tensor, torch.nn.Parameter)]
+    parts = {t.untyped_storage().data_ptr(): t.untyped_storage().nbytes() for t in tensors if t.device.type == "cpu"}
+    return {start: size for start, size in parts.items() if start not in own}
 
 
 def test_parameters_keep_their_identity_so_one_optimiser_serves_all_tasks():

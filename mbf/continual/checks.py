@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 import re
 from collections.abc import Container, Iterable, Iterator, Sequence
+from numbers import Real
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -42,7 +43,27 @@ def check_task_name(name: str, argument: str = "name") -> None:
         )
 
 
+def check_weight(weight: float | Tensor | None) -> None:
+    """Raise TypeError or ValueError unless ``weight`` can be a λ of ``merged_view``."""
+    if isinstance(weight, Tensor):
+        if weight.dim():
+            raise ValueError(
+                f"weight: found a tensor of shape {list(weight.shape)}, wanted one of 0 dimensions; pass "
+                "weight.squeeze() if it holds one number"
+            )
+    elif weight is not None and not isinstance(weight, Real):
+        raise TypeError(
+            f"weight: found {weight!r} of type {type(weight).__name__}, wanted a number or a 0-d tensor, or None for "
+            "the method's own λ"
+        )
+
+
 def check_max_norm(max_norm: float | None) -> None:
+    if max_norm is not None and not isinstance(max_norm, Real):
+        raise TypeError(
+            f"max_norm: found {max_norm!r} of type {type(max_norm).__name__}, wanted a number above 0, or None for no "
+            "limit"
+        )
     if max_norm is not None and not max_norm > 0:
         raise ValueError(f"max_norm: found {max_norm!r}, wanted a number above 0, or None for no limit")
 

@@ -28,6 +28,7 @@ from mbf.continual.checks import (
     check_same,
     check_step,
     check_task_name,
+    check_weight,
 )
 from mbf.continual.hooks import TrainingHooks
 from mbf.continual.replicas import Replicas
@@ -91,7 +92,7 @@ class ContinualLora:
     Raises:
         ValueError: unknown method, ``max_norm`` not above 0, or an adapter whose name no checkpoint can hold (dot,
             slash, space), or that no merge rule covers (DoRA, lora_bias, modules_to_save, ...).
-        TypeError: ``learnt`` is neither a string, False nor None.
+        TypeError: ``learnt`` is neither a string, False nor None; ``max_norm`` neither a number nor None.
         pydantic.ValidationError: unknown or wrong options.
 
     Between tasks the adapter *is* the merged LoRA: evaluate it, ``save_pretrained`` it, push it. Inside a task it is
@@ -172,12 +173,13 @@ class ContinualLora:
         try:
             yield self
         except BaseException as error:
-            index = self.task_index
-            self.abandon_task()
-            note = f"task {index} {name!r} was abandoned; the merged LoRA is as it was before it"
-            logger.warning("%s (%s)", note, type(error).__name__)
-            if hasattr(error, "add_note"):
-                error.add_note(note)
+            if self._active is not None:  # the block may have ended or abandoned it
+                task = f"task {self._active.index} {self._active.name!r}"
+                note = f"{task} was abandoned; the merged LoRA is as it was before it"
+                self.abandon_task()
+                logger.warning("%s (%s)", note, type(error).__name__)
+                if hasattr(error, "add_note"):
+                    error.add_note(note)
             raise
         self.end_task()
 
@@ -358,7 +360,10 @@ class ContinualLora:
 
         Raises:
             TaskError: ``weight`` is given outside a task, where there is nothing left to merge.
+            TypeError: ``weight`` is neither a number nor a tensor.
+            ValueError: ``weight`` is a tensor of other than 0 dimensions, or the method merges without one.
         """
+        check_weight(weight)
         if self._active is None:
             if weight is not None:
                 raise TaskError(

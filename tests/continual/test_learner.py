@@ -430,6 +430,34 @@ def test_data_that_can_be_gone_through_only_once_are_refused_before_anything_cha
         train(plain.model, 1)
 
 
+def test_an_exception_after_the_block_ended_its_task_itself_passes_on():
+    model = peft_model()
+    learner = mbf.ContinualLora(model)
+    for leave, learnt in ((learner.abandon_task, 0), (learner.end_task, 1)):
+        with pytest.raises(KeyError, match="mine") as caught, learner.task("one"):
+            train(model, 1)
+            leave()
+            raise KeyError("mine")
+        assert not getattr(caught.value, "__notes__", []) and len(learner.history) == learnt and not learner.in_task
+
+
+def test_numbers_that_are_none_are_refused_before_anything_changes():
+    model = peft_model()
+    with pytest.raises(TypeError, match=r"^max_norm: found 'big' of type str, wanted a number"):
+        mbf.ContinualLora(model, max_norm="big")
+    assert not is_fused(model)
+    learner = mbf.ContinualLora(model)
+    with learner.task("one"):
+        train(model, 1)
+        inside = logits(model)
+        for weight, error in (("x", TypeError), ([0.5], TypeError), (torch.ones(2), ValueError)):
+            with pytest.raises(error, match=r"^weight: found .* wanted"), learner.merged_view(weight):
+                pass
+        assert torch.equal(logits(model), inside)
+        with learner.merged_view(np.float32(0.5)):
+            logits(model)
+
+
 def test_joint_method_takes_one_task():
     model = peft_model()
     learner = mbf.ContinualLora(model, "multitask")

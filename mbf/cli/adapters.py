@@ -47,6 +47,11 @@ def merge(
             "found rank; leave it out: the adapters decide it while they are merged, and --rank that of the result",
             param_hint="--option",
         )
+    if own := sorted(settings.keys() & {"adapters", "out", "method"}):
+        raise typer.BadParameter(
+            f"found {own[0]}, which is no option of a method; give the adapters as arguments, --out and --method",
+            param_hint="--option",
+        )
     report = merge_adapters(adapters, out, method=method, rank=rank, **settings)
     if rank is not None:
         _show_compression(rank, report)

@@ -155,9 +155,12 @@ def merge_adapters(
         raise ValueError(f"rank is {rank}; a LoRA has at least rank 1")
     rule = get(method)(**options)
     if not rule.merges_alone:
+        why = "merges with what it saw or learnt while training, which adapters on disk do not carry"
+        if rule.joint:
+            why = "learns all tasks at once and merges nothing"
         raise ValueError(
-            f"method {method!r} merges with what it saw or learnt while training, which adapters on disk do not carry; "
-            f"methods that need nothing else: {', '.join(n for n in available() if get(n).merges_alone)}"
+            f"method {method!r} {why}; methods that need nothing else: "
+            f"{', '.join(n for n in available() if get(n).merges_alone)}"
         )
     paths = [Path(path) for path in adapters]
     configs = [read_config(path) for path in paths]

@@ -9,6 +9,7 @@ class MultiTask(Method):
 
     name = "multitask"
     joint = True
+    merges_alone = False
     info = MethodInfo(
         title="All tasks at once", trained="A, B", frozen="W", merge="none", memory="O(P)", data_free=False
     )

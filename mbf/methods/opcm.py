@@ -55,6 +55,7 @@ class Opcm(Method):
     name = "opcm"
     Options = OpcmOptions
     options: OpcmOptions
+    merges_alone = False
     info = MethodInfo(
         title="Orthogonal projection (OPCM)",
         trained="A, B",

@@ -100,10 +100,13 @@ def test_different_ranks_are_one_line_that_shows_the_way(mbf, tmp_path: Path) ->
         (["--rank", "0"], ["--rank", "greater than or equal to 1"]),
         (["--rank", "few"], ["--rank", "integer"]),
         (["--option", "rank=3"], ["--option", "--rank"]),
+        (["--option", "out=x"], ["--option", "found out", "--out"]),
+        (["--option", "adapters=3"], ["--option", "found adapters"]),
+        (["--option", "method=magmax"], ["--option", "found method", "--method"]),
     ],
     ids=str,
 )
-def test_wrong_ranks_are_usage(mbf, tmp_path: Path, arguments: list[str], parts: list[str]) -> None:
+def test_wrong_options_are_usage(mbf, tmp_path: Path, arguments: list[str], parts: list[str]) -> None:
     result = mbf("merge", adapter(tmp_path / "one", 3), "--out", tmp_path / "out", *arguments)
     assert result.exit_code == 2
     assert [part for part in parts if part not in result.stderr] == []

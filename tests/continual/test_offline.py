@@ -10,6 +10,7 @@ from peft import LoraConfig, PeftModel
 from safetensors.torch import load_file, save_file
 from torch import nn
 
+from mbf import methods
 from mbf.continual import ContinualLora, MergeReport, merge_adapters, offline
 from mbf.peft import save_adapter, sync_config
 from tests.continual.tiny import base_model, logits, peft_model, train
@@ -83,6 +84,22 @@ def test_delta_magmax_needs_no_origin_and_factor_magmax_says_so(tmp_path):
     with pytest.raises(ValueError, match="space='delta'"):
         merge_adapters(paths, tmp_path / "other", "magmax")
     assert not (tmp_path / "other").exists()
+
+
+OPTIONS = {"magmax": {"space": "delta"}}
+
+
+def test_a_method_merges_adapters_or_is_refused_before_it_reads_them(tmp_path):
+    paths = trained(tmp_path, 2)
+    for name in methods.available():
+        if methods.get(name).merges_alone:
+            merge_adapters(paths, tmp_path / name, name, **OPTIONS.get(name, {}))
+            assert (logits(PeftModel.from_pretrained(base_model(), tmp_path / name)) - logits(base_model())).any()
+        else:
+            with pytest.raises(ValueError, match=rf"method '{name}' .*; methods that need nothing else: .*slao"):
+                merge_adapters([tmp_path / "nowhere"], tmp_path / name, name)
+    with pytest.raises(ValueError, match="'multitask' learns all tasks at once and merges nothing"):
+        merge_adapters(paths, tmp_path / "out", "multitask")
 
 
 @pytest.mark.parametrize(

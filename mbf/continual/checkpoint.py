@@ -30,6 +30,7 @@ from safetensors.torch import save_file
 from torch import Tensor, nn
 
 from mbf.continual.atomic import recover_directory, sha256_of, whole_directory
+from mbf.continual.checks import check_keeps_split
 from mbf.continual.header import (
     CARD,
     FORMAT,
@@ -91,14 +92,18 @@ def export(learner: ContinualLora, directory: str | PathLike[str]) -> None:
     """Write what the method ships as an adapter for plain PEFT; the first process does. The learner stays as it is.
 
     Raises:
-        ValueError: the directory holds something else than an adapter, or a learner.
+        ValueError: the directory holds something else than an adapter, or a learner; the result has another rank than
+            an adapter whose ``init_lora_weights`` took a part out of W.
         OSError: it cannot be written; an older adapter there is whole.
     """
     reshard(learner.model)
     method, kept = learner.method, learner.method.current.clone()
     try:
         with torch.no_grad():
-            method.write(method.shipped() if learner.history else method.current)
+            shipped = method.shipped() if learner.history else method.current
+            if [len(A) for A in shipped.A] != [len(A) for A in kept.A]:
+                check_keeps_split(learner.model, learner.adapter, f"what {method.name!r} exports has another")
+            method.write(shipped)
         sync_config(learner.model, learner.adapter)
         parameters = whole_adapter(learner.model, learner.adapter)
         if learner.replicas.first:

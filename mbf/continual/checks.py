@@ -9,16 +9,19 @@ from numbers import Real
 from typing import TYPE_CHECKING, Any
 
 import torch
-from torch import Tensor
+from peft import LoraConfig
+from torch import Tensor, nn
 
 from mbf.continual.header import NAME
 from mbf.methods import Batches, Factors, Method
+from mbf.peft.config import find_home
 from mbf.peft.sharded import is_sharded, whole
 
 if TYPE_CHECKING:
     from mbf.continual.learner import ContinualLora
 
 _WAY_OUT = "the merged LoRA is as it was. Lower the learning rate, clip gradients, or train in a wider dtype"
+_SPLITTING = ("pissa", "olora", "corda", "loftq", "lora_ga")
 _SHOWN = 3  # layers that an error names
 
 
@@ -123,6 +126,28 @@ def _check_can_shard(learner: ContinualLora, name: str, i: int) -> None:
         raise TaskError(
             f"method {method.name!r} {what}, which parameters that fully_shard took cannot follow; task {i} {name!r} "
             "did not begin. Train with DDP, or with another method"
+        )
+
+
+def split_by(config: LoraConfig) -> str | None:
+    """The ``init_lora_weights`` of ``config``, if PEFT takes a part out of W by it whenever it loads the adapter."""
+    how = config.init_lora_weights
+    return how if isinstance(how, str) and how.lower().startswith(_SPLITTING) else None
+
+
+def check_keeps_split(model: nn.Module, adapter: str, what: str) -> None:
+    """Raise ValueError if W of a saved ``adapter`` is another one as soon as its rank is.
+
+    Args:
+        what: would give it another rank.
+    """
+    home = find_home(model, adapter)
+    if home is not None and (how := split_by(home.config)) is not None:
+        raise ValueError(
+            f"adapter {adapter!r} was made with init_lora_weights={how!r}, by which PEFT takes a part of its rank out "
+            f"of W whenever it loads the adapter, and {what}: what is saved would load as another function. Make it "
+            "with init_lora_weights=True, start it by mbf.init_pissa_(model) and keep the base weights beside the "
+            "adapter, or take a method that keeps the rank"
         )
 
 

@@ -23,6 +23,7 @@ from mbf.continual.checks import (
     check_finite,
     check_finite_parameters,
     check_gains,
+    check_keeps_split,
     check_max_norm,
     check_name,
     check_same,
@@ -91,7 +92,8 @@ class ContinualLora:
 
     Raises:
         ValueError: unknown method, ``max_norm`` not above 0, or an adapter whose name no checkpoint can hold (dot,
-            slash, space), or that no merge rule covers (DoRA, lora_bias, modules_to_save, ...).
+            slash, space), that no merge rule covers (DoRA, lora_bias, modules_to_save, ...), or whose
+            ``init_lora_weights`` takes a part out of W ("pissa", "olora", ...) with a method that changes the rank.
         TypeError: ``learnt`` is neither a string, False nor None; ``max_norm`` neither a number nor None.
         pydantic.ValidationError: unknown or wrong options.
 
@@ -128,6 +130,8 @@ class ContinualLora:
         self.adapter = adapter
         self.layers: list[AdapterLayer] = adapter_layers(model, adapter)
         self.method = method if isinstance(method, Method) else get(method)(**options)
+        if self.method.changes_rank:
+            check_keeps_split(model, adapter, f"method {self.method.name!r} changes the rank")
         self.method.layers, self.method.model = self.layers, model
         if fuse and not is_fused(model):
             logger.info("%s", str(fuse_layers(model)).splitlines()[0])
@@ -443,6 +447,7 @@ class ContinualLora:
 
         Raises:
             TaskError: a task is in progress.
+            ValueError: the result has another rank than an adapter whose ``init_lora_weights`` took a part out of W.
         """
         if self._active is not None:
             raise TaskError(f"task {self._active.index} {self._active.name!r} is in progress; end or abandon it first")

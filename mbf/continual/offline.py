@@ -15,11 +15,15 @@ from safetensors.torch import save_file
 from torch import Tensor, nn
 
 from mbf.continual.atomic import whole_directory
+from mbf.continual.checks import split_by
 from mbf.continual.header import CARD
 from mbf.methods import Factors, Layer, Method, Options, available, get
 from mbf.ops import BranchTerms, rsvd
 from mbf.peft import describe_ranks
 from mbf.peft.stored import CONFIG, PREFIX, WEIGHTS, check_factors, read_config, read_tensors, scale_of
+
+
+_KEEP_SPLIT = ("slao", "seqlora")  # whose result holds the part that PEFT took out of W once
 
 
 class _StoredLayer:
@@ -145,8 +149,9 @@ def merge_adapters(
 
     Raises:
         ValueError: an adapter is missing, not a LoRA, or does not fit the first one (layers, widths, ranks); a method
-            that cannot merge offline; rank < 1; an ``out`` that holds something else than an adapter, or a learner.
-            Nothing is written then.
+            that cannot merge offline; an ``init_lora_weights`` that took a part out of W ("pissa", "olora", ...) with a
+            method or ranks that do not keep it; rank < 1; an ``out`` that holds something else than an adapter, or a
+            learner. Nothing is written then.
         OSError: ``out`` cannot be written; an adapter that was there is whole.
     """
     if not adapters:
@@ -167,6 +172,7 @@ def merge_adapters(
     described = [_describe(path, config) for path, config in zip(paths, configs, strict=True)]
     for path, other in zip(paths[1:], described[1:], strict=True):
         _check_fits(paths[0], described[0], path, other)
+    _check_split(method, rank, paths, configs, described)
     starts = _starts(rule, options, paths, described)
     layers = _layers(paths[0], configs[0])
     rule.layers = layers
@@ -265,6 +271,23 @@ def _check_fits(first: Path, layers: list[_Described], path: Path, other: list[_
             )
         if a.scale == 0:
             raise ValueError(f"{first}: {a.name} has scale 0 and computes nothing; leave this adapter out")
+
+
+def _check_split(
+    method: str, rank: int | None, paths: list[Path], configs: list[LoraConfig], described: list[list[_Described]]
+) -> None:
+    """Raise ValueError where W of the result would be other than W of the adapters, or its missing part count twice."""
+    for path, config in zip(paths, configs, strict=True):
+        how = split_by(config)
+        alike = all(other.init_lora_weights == how for other in configs)
+        same_rank = rank is None and all([a.r for a in one] == [a.r for a in described[0]] for one in described)
+        if how is not None and not (alike and same_rank and method in _KEEP_SPLIT):
+            raise ValueError(
+                f"{path} was made with init_lora_weights={how!r}, by which PEFT takes a part of its rank out of W "
+                f"whenever it loads the adapter; only {' and '.join(_KEEP_SPLIT)} merge such adapters, all of one kind "
+                "and of one rank, which stays. Convert each to a LoRA on the whole W first (save_pretrained with "
+                "path_initial_model_for_weight_conversion), or train from mbf.init_pissa_ and convert that"
+            )
 
 
 def _write(out: Path, layers: list[_StoredLayer], config: LoraConfig, changed: bool) -> None:

@@ -311,3 +311,23 @@ def test_a_rank_below_one_is_refused(tmp_path):
     with pytest.raises(ValueError, match="rank is 0"):
         merge_adapters(paths, tmp_path / "out", rank=0)
     assert not (tmp_path / "out").exists()
+
+
+def test_adapters_that_took_a_part_out_of_W_are_merged_only_where_it_counts_once(tmp_path):
+    paths = trained(tmp_path, 2, init_lora_weights="pissa")
+    base, tuned = logits(base_model()), [logits(PeftModel.from_pretrained(base_model(), path)) for path in paths]
+    most = max((one - base).norm() for one in tuned)
+    for name in ("slao", "seqlora"):
+        out = merge_adapters(paths, tmp_path / name, name).path
+        assert (logits(PeftModel.from_pretrained(base_model(), out)) - base).norm() < 1.5 * most
+    plain = learnt(tmp_path, 3)
+    for adapters, options in (
+        (paths, {"method": "inclora"}),
+        (paths, {"method": "knots"}),
+        (paths[:1], {"rank": 2}),
+        ([paths[0], plain], {}),
+        ([plain, paths[0]], {}),
+    ):
+        with pytest.raises(ValueError, match=r"a1 was made with init_lora_weights='pissa'.*only slao and seqlora"):
+            merge_adapters(adapters, tmp_path / "out", **options)
+    assert not (tmp_path / "out").exists()

@@ -72,3 +72,46 @@ def test_an_abandoned_task_puts_the_old_rank_back():
     assert {layer.A.shape[0] for layer in learner.layers} == {4}
     assert model.peft_config["default"].r == 4
     assert torch.equal(logits(model), before)
+
+
+@pytest.mark.parametrize("how", ["pissa", "pissa_niter_2", "olora"])
+@pytest.mark.parametrize(("name", "options"), [("inclora", {}), ("slao", {**OPTIONS, "rank": 2}), ("knots", {})])
+def test_no_rank_changes_where_peft_takes_a_part_of_that_rank_out_of_W(name, options, how):
+    model = peft_model(4, init_lora_weights=how)
+    with pytest.raises(ValueError, match=rf"init_lora_weights='{how}'.*method '{name}' changes the rank.*init_pissa_"):
+        ContinualLora(model, name, learnt=False, **options)
+    assert not mbf.peft.is_fused(model)
+
+
+def test_where_the_rank_stays_peft_takes_the_same_part_out_of_W_again(tmp_path):
+    model = peft_model(4, init_lora_weights="pissa")
+    learner = ContinualLora(model, learnt=False)
+    for i in (1, 2):
+        with learner.task(f"t{i}"):
+            train(model, i)
+    learner.save(tmp_path / "learner")
+    learner.export(tmp_path / "exported")
+    for path in ("learner", "exported"):
+        plain = PeftModel.from_pretrained(base_model(), tmp_path / path)
+        torch.testing.assert_close(logits(plain), logits(model), rtol=1e-4, atol=1e-4)
+    split = peft_model(4, init_lora_weights="pissa")
+    mora = ContinualLora(split, "mora", learnt=False)
+    with mora.task("one"):
+        train(split, 1)
+    before = logits(split)
+    with pytest.raises(ValueError, match="what 'mora' exports has another"):
+        mora.export(tmp_path / "mora")
+    assert torch.equal(logits(split), before) and not (tmp_path / "mora").exists()
+
+
+def test_a_start_by_init_pissa_goes_on_at_any_rank(tmp_path):
+    model = peft_model(4)
+    mbf.init_pissa_(model)
+    learner = ContinualLora(model, "inclora", learnt=False)
+    for i in (1, 2):
+        with learner.task(f"t{i}"):
+            train(model, i)
+    found = logits(model)
+    learner.save(tmp_path / "learner")
+    plain = PeftModel.from_pretrained(model.unload(), tmp_path / "learner")
+    torch.testing.assert_close(logits(plain), found, rtol=1e-4, atol=1e-4)

@@ -97,8 +97,9 @@ class ContinualLora:
         TypeError: ``learnt`` is neither a string, False nor None; ``max_norm`` neither a number nor None.
         pydantic.ValidationError: unknown or wrong options.
 
-    Between tasks the adapter *is* the merged LoRA: evaluate it, ``save_pretrained`` it, push it. Inside a task it is
-    the LoRA in training. A task that raises, or ends with a non-finite adapter, is undone.
+    Between tasks the adapter *is* the merged LoRA: evaluate it, ``save_pretrained`` it, push it; but for ``mora``,
+    ``lilora``, ``sapt`` and ``amlora``, which compute more than one LoRA's A and B, plain PEFT needs ``export``. Inside
+    a task it is the LoRA in training. A task that raises, or ends with a non-finite adapter, is undone.
 
     >>> learner = mbf.ContinualLora(model, method="slao")
     >>> for name, loader in tasks.items():
@@ -140,6 +141,7 @@ class ContinualLora:
         self.method.total = self.replicas.total
         self.history: list[TaskRecord] = []
         self._active: _Active | None = None
+        self._warned = False
         if learnt or (learnt is None and any(bool(B.count_nonzero()) for B in self.method.current.B)):
             self._adopt(learnt or "before")
         self._inference = TrainingHooks.for_inference(self)
@@ -395,10 +397,14 @@ class ContinualLora:
     # -- what is kept --------------------------------------------------------------------------------------------------
 
     def save(self, directory: str | PathLike[str]) -> None:
-        """Write the learner, atomically: an adapter that plain PEFT loads, and beside it the method's state.
+        """Write the learner, atomically: the adapter as PEFT stores it, and beside it the method's state.
 
         Of several processes the first writes; where the model is sharded, all must call this. Nobody waits for the
         files: put a barrier between this and reading them on another process.
+
+        Warns:
+            UserWarning: once a learner, of a method whose layers compute something else than the adapter's (A, B):
+                ``load`` goes on from what is saved, and ``export`` writes what is for plain PEFT.
 
         Raises:
             TaskError: a task is in progress.
@@ -406,6 +412,14 @@ class ContinualLora:
         if self._active is not None:
             raise TaskError(
                 f"task {self._active.index} {self._active.name!r} is in progress; end or abandon it before saving"
+            )
+        if type(self.method).shipped is not Method.shipped and not self._warned:
+            self._warned = True
+            warnings.warn(
+                f"method {self.method.name!r} computes something else than the adapter that is saved: "
+                "ContinualLora.load goes on from it, but plain PEFT would load another function; write what is for "
+                "plain PEFT by learner.export",
+                stacklevel=2,
             )
         checkpoint.save(self, directory)
 

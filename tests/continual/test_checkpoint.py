@@ -1,6 +1,7 @@
 """Saving and loading a learner: the same future, plain PEFT files, and every kind of damage."""
 
 import json
+import warnings
 
 import pytest
 import torch
@@ -52,6 +53,19 @@ def test_the_directory_is_a_plain_peft_adapter(adapter, tmp_path):
     learner.save(tmp_path / "run")
     plain = PeftModel.from_pretrained(base_model(), tmp_path / "run")
     torch.testing.assert_close(logits(plain), logits(model), rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.parametrize("name", METHODS)
+def test_what_is_saved_is_what_plain_peft_computes_or_a_warning_names_export(name, tmp_path):
+    model, learner = learnt(name)
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        learner.save(tmp_path / "learner")
+        learner.save(tmp_path / "learner")
+    said = [str(one.message) for one in caught if "learner.export" in str(one.message)]
+    assert len(said) == (name in ("amlora", "lilora", "mora", "sapt")) and all(f"'{name}'" in one for one in said)
+    plain = PeftModel.from_pretrained(base_model(), tmp_path / "learner")
+    assert torch.allclose(logits(plain), logits(model), rtol=1e-4, atol=1e-4) == (not said)
 
 
 def test_slao_keeps_two_loras_and_a_header_whatever_the_number_of_tasks(tmp_path):

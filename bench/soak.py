@@ -165,7 +165,9 @@ def loop(tasks: int, folder: Path) -> Iterator[Sample]:
         ended = time.perf_counter()
         _, merged = saved(folder / "state")
         boundary = (at_work - began) + (ended - trained)
-        yield sample(number, ended - began, boundary, sum(learner.memory_bytes().values()), closed.error(merged))
+        kept = learner.memory_bytes()
+        size = kept["adapter"] + kept["state"]
+        yield sample(number, ended - began, boundary, size, closed.error(merged))
 
 
 # -- mbf run ---------------------------------------------------------------------------------------------------------

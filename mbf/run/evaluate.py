@@ -22,6 +22,9 @@ from mbf.run.data import Encoder, pad_left
 from mbf.run.processes import Processes
 from mbf.streams import Task
 
+_SURPLUS = re.compile(rf"(?!\.\d|(?<!\w)-\.?\d)[{re.escape(string.punctuation)}]")
+"""Punctuation that is no part of a number."""
+
 
 @dataclass(frozen=True)
 class ChoiceTree:
@@ -102,7 +105,8 @@ def evaluate(
     processes: Processes | None = None,
 ) -> float:
     """The score of ``model`` on ``tests`` in percent: accuracy, or mean Rouge-L F1 where the metric is ``rougeL``; of
-    several references the best counts.
+    several references the best counts. A label is right if it is a reference to the letter, generated text by
+    ``same_answer``.
 
     Args:
         model: a causal LM, with or without adapters; evaluated in eval mode and left in the mode it was in.
@@ -129,7 +133,7 @@ def evaluate(
             if number < len(batches):
                 for row, prediction in zip(rows, predictions, strict=True):
                     points[row] = (
-                        max(_points(tests.metric, prediction, answer) for answer in tests.references[row])
+                        max(_points(tests, prediction, answer) for answer in tests.references[row])
                         if prediction is not None
                         else torch.nan
                     )
@@ -196,9 +200,12 @@ def rouge_l(prediction: str, reference: str) -> float:
 
 
 def same_answer(prediction: str, reference: str) -> bool:
-    """Exact match of lower-cased text without punctuation and surplus space."""
-    strip = str.maketrans("", "", string.punctuation)
-    found, wanted = (" ".join(text.lower().translate(strip).split()) for text in (prediction, reference))
+    """Exact match of lower-cased text without punctuation and surplus space.
+
+    Of the punctuation, a point before a digit stays, and so does a hyphen that begins a number: "-5" is not "5", nor
+    "3.14" "314". A comma goes: "1,000" is "1000".
+    """
+    found, wanted = (" ".join(_SURPLUS.sub("", text.lower()).split()) for text in (prediction, reference))
     return found == wanted
 
 
@@ -247,8 +254,10 @@ class _WatchForNaN:
         return scores
 
 
-def _points(metric: str, prediction: str, answer: str) -> float:
-    return rouge_l(prediction, answer) if metric == "rougeL" else float(same_answer(prediction, answer))
+def _points(tests: TestSet, prediction: str, answer: str) -> float:
+    if tests.metric == "rougeL":
+        return rouge_l(prediction, answer)
+    return float(prediction == answer if tests.choices is not None else same_answer(prediction, answer))
 
 
 @contextmanager

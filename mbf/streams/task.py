@@ -172,9 +172,10 @@ def _check_answers(name: str, rows: Mapping[Split, list[Row]], labels: Sequence[
                 raise StreamError(
                     f"task {name!r}, split {split!r}, row {number}: the answer is empty; fill it in or remove the row"
                 )
-            if known and row.answer not in known:
+            foreign = next((label for label in (row.answer, *row.references) if label not in known), None)
+            if known and foreign is not None:
                 raise StreamError(
-                    f"task {name!r}, split {split!r}, row {number}: label {row.answer!r} is not among the task's "
+                    f"task {name!r}, split {split!r}, row {number}: label {foreign!r} is not among the task's "
                     f"labels {sorted(known)}; add it there or remove the row"
                 )
 

@@ -96,6 +96,20 @@ def test_ties_go_to_the_first_label() -> None:
     assert evaluate(Indifferent(), TestSet.of(task, encoder)) == pytest.approx(200 / 3)
 
 
+def test_labels_that_differ_in_punctuation_or_case_alone_are_different() -> None:
+    class First(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.weight = nn.Parameter(torch.zeros(()))
+
+        def forward(self, input_ids, **ignored):
+            return type("Out", (), {"logits": torch.zeros(*input_ids[:, -1:].shape, 300)})()
+
+    data = {"train": rows(["C"]), "test": rows(["C", "C++", "c", "C"])[1:]}
+    task = make_task("t", data, labels=("C", "C++", "c"), noun="n")
+    assert evaluate(First(), TestSet.of(task, Encoder(_OneToken(), 20, 20))) == pytest.approx(100 / 3)
+
+
 def test_labels_that_cannot_be_ranked_are_no_first_label() -> None:
     class Broken(nn.Module):
         def __init__(self) -> None:
@@ -187,3 +201,20 @@ def test_rouge_l(prediction: str, reference: str, wanted: float) -> None:
 def test_exact_match_is_normalised() -> None:
     assert same_answer(" The  Answer.", "the answer")
     assert not same_answer("the answers", "the answer")
+
+
+@pytest.mark.parametrize(
+    ("prediction", "reference", "same"),
+    [
+        ("-5", "5", False),
+        ("(-5).", "-5", True),
+        ("-.5", ".5", False),
+        ("3.14", "314", False),
+        ("It is $3.14.", "it is 3.14", True),
+        ("1,000", "1000", True),
+        ("well-known", "wellknown", True),
+        ("5-6", "56", True),
+    ],
+)
+def test_numbers_keep_their_sign_and_their_point(prediction: str, reference: str, same: bool) -> None:
+    assert same_answer(prediction, reference) is same

@@ -223,6 +223,14 @@ def test_what_is_said_about_wrong_data(tmp_path: Path) -> None:
         load_one(cache, path=data)
 
 
+def test_every_reference_of_a_classification_is_a_label(tmp_path: Path) -> None:
+    rows = {"train": COLOURS, "test": [("moss", ["green", "Green."])]}
+    write_sapt(tmp_path / "s" / "t", rows)
+    (tmp_path / "s" / "t" / "labels.json").write_text('["green", "blue"]')
+    with pytest.raises(StreamError, match=r"split 'test', row 1: label 'Green\.' is not among"):
+        load_stream(tmp_path / "s")
+
+
 def test_what_is_said_about_wrong_sapt_folders(tmp_path: Path) -> None:
     write_sapt(tmp_path / "a" / "t", {"train": [("x", "y")]})
     with pytest.raises(StreamError, match=r"no .*test\.json"):

@@ -2,11 +2,15 @@
 
 from __future__ import annotations
 
+import difflib
+import re
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import nn
+from transformers.integrations import get_available_reporting_integrations
+from transformers.integrations.integration_utils import INTEGRATION_TO_CALLBACK
 
 from mbf.run.config import ConfigError, RunConfig
 from mbf.run.data import Encoder
@@ -23,8 +27,8 @@ class Workbench:
     """Loads stream and model, and checks against them what the configuration alone could not show.
 
     Raises:
-        ConfigError: an order that the stream has not, target modules that the model has not, or a batch that the
-            processes cannot share.
+        ConfigError: an order that the stream has not, target modules that the model has not, a batch that the
+            processes cannot share, or a tracker that is unknown or not installed.
         mbf.streams.StreamError, ValueError: from loading them.
     """
 
@@ -38,6 +42,7 @@ class Workbench:
                 f"train.batch_size: {config.train.batch_size} rows, the batch of all processes together, cannot be "
                 f"shared evenly by {processes.size}; choose a multiple of {processes.size}, or other processes"
             )
+        _check_trackers(config.train.report_to)
         self.stream: Stream = load_stream(config.stream, train_rows=config.train.rows, test_rows=config.eval.rows)
         for order in config.orders:
             if order not in self.stream.orders:
@@ -85,10 +90,53 @@ class Workbench:
 
     def _check_targets(self, model: nn.Module) -> None:
         targets = self.config.lora.target_modules
-        if isinstance(targets, str):  # "all-linear", or a pattern, which PEFT reads
+        linear = [name for name, module in model.named_modules() if isinstance(module, nn.Linear)]
+        ends = ", ".join(sorted({name.rpartition(".")[2] for name in linear}))
+        if isinstance(targets, str):
+            if targets.lower() != "all-linear":
+                self._check_pattern(targets, model, linear, ends)
             return
-        names = [name for name, module in model.named_modules() if isinstance(module, nn.Linear)]
         for target in targets:
-            if not any(name == target or name.endswith(f".{target}") for name in names):
-                ends = sorted({name.rpartition(".")[2] for name in names})
-                raise ConfigError(f"lora.target_modules: the model has no {target!r}; it has {', '.join(ends)}")
+            if not any(name == target or name.endswith(f".{target}") for name in linear):
+                raise ConfigError(f"lora.target_modules: the model has no {target!r}; it has {ends}")
+
+    @staticmethod
+    def _check_pattern(pattern: str, model: nn.Module, linear: list[str], ends: str) -> None:
+        """Of a string PEFT takes the modules whose whole name it matches as a regular expression."""
+        example = pattern if any(name.endswith(f".{pattern}") for name in linear) else "q_proj, v_proj"
+        way = f"write a list to name modules by their end, [{example}]"
+        try:
+            found = [name for name, _ in model.named_modules() if name and re.fullmatch(pattern, name)]
+        except re.error as error:
+            raise ConfigError(
+                f"lora.target_modules: found {pattern!r}, which is no regular expression ({error}); {way}"
+            ) from None
+        wanted = f"{way}; the model has {ends}"
+        if not found:
+            raise ConfigError(
+                f"lora.target_modules: no module's whole name matches {pattern!r}, a regular expression; {wanted}"
+            )
+        if other := next((name for name in found if any(model.get_submodule(name).children())), None):
+            raise ConfigError(
+                f"lora.target_modules: {pattern!r}, a regular expression, matches {other!r}, too, which is no "
+                f"single layer; {wanted}"
+            )
+
+
+def _check_trackers(report_to: str | list[str]) -> None:
+    """As ``TrainingArguments`` takes them, and before there is something to report."""
+    names = [report_to] if isinstance(report_to, str) else report_to
+    if names in (["none"], ["all"]):
+        return
+    known, installed = [*INTEGRATION_TO_CALLBACK], get_available_reporting_integrations()
+    for name in names:
+        if name not in known:
+            near = difflib.get_close_matches(name, known, n=1)
+            hint = f"did you mean {near[0]!r}?" if near else f"known: none, all, {', '.join(known)}"
+            raise ConfigError(f"train.report_to: the tracker {name!r} is unknown; {hint}")
+        if name not in installed:
+            there = ", ".join(installed) or "none"
+            raise ConfigError(
+                f"train.report_to: the tracker {name!r} is not installed (there are: {there}); install it, or set "
+                "train.report_to=none"
+            )

@@ -16,10 +16,11 @@ from safetensors.torch import load_file
 from mbf.continual import ContinualLora, TaskError
 from mbf.methods import Method, MethodInfo, base
 from mbf.report import RunResult, load_results
-from mbf.run import ConfigError, LogProgress, RunConfig, RunError, resume, run
+from mbf.run import ConfigError, LogProgress, RunConfig, RunError, resume, run, workbench
 from mbf.run.data import Encoder
 from mbf.run.evaluate import TestSet, evaluate
 from mbf.run.model import load_model
+from mbf.run.processes import Processes
 from mbf.streams import load_stream
 from tests.run.tiny import tiny_settings
 
@@ -170,12 +171,42 @@ def test_fusing_is_a_matter_of_speed(config, tmp_path: Path) -> None:
         torch.testing.assert_close(tensor, adapters[1][name], rtol=1e-3, atol=1e-5)
 
 
-def test_nothing_is_written_when_the_configuration_does_not_fit(config, tmp_path: Path) -> None:
+def test_nothing_is_written_when_the_configuration_does_not_fit(
+    config, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(workbench, "get_available_reporting_integrations", lambda: ["trackio"])
     with pytest.raises(ConfigError, match="orders: stream 'tiny' has no order 2; it has 1"):
         run(config(orders=[2]))
     with pytest.raises(ConfigError, match=r"lora.target_modules: the model has no 'query'; it has .*q_proj"):
         run(config(lora={"target_modules": ["query"]}))
+    for pattern, wanted in (
+        (
+            "q_proj",
+            r"no module's whole name matches 'q_proj', a regular expression; write a list .*\[q_proj\]",
+        ),
+        ("(q_proj", r"found '\(q_proj', which is no regular expression \(.*\[q_proj, v_proj\]"),
+        (r".*attn.*", r"matches 'model.layers.0.self_attn', too, which is no single layer; .* has .*q_proj"),
+    ):
+        with pytest.raises(ConfigError, match=f"lora.target_modules: .*{wanted}"):
+            run(config(lora={"target_modules": pattern}))
+    for name, wanted in (
+        ("wandbb", r"the tracker 'wandbb' is unknown; did you mean 'wandb'\?"),
+        (["none", "zzz"], r"the tracker 'none' is unknown; known: none, all, .*tensorboard"),
+        ("wandb", r"the tracker 'wandb' is not installed \(there are: trackio\); install it, or set"),
+    ):
+        with pytest.raises(ConfigError, match=f"train.report_to: {wanted}"):
+            run(config(train={"report_to": name}))
     assert not (tmp_path / "run").exists()
+
+
+def test_target_modules_and_trackers_are_taken_as_peft_and_the_trainer_take_them(
+    config, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(workbench, "get_available_reporting_integrations", lambda: ["trackio"])
+    for targets in ("all-linear", "ALL-LINEAR", r".*\.(q|v)_proj"):
+        for report_to in ("none", "all", ["none"], [], "trackio"):
+            made = config(lora={"target_modules": targets}, train={"report_to": report_to})
+            workbench.Workbench(made, LogProgress(), Processes())
 
 
 def test_a_run_is_not_started_over(config, finished: Finished) -> None:

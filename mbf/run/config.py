@@ -220,7 +220,7 @@ def load_config(source: str | Path, settings: Mapping[str, Any] | None = None) -
     Args:
         source: a YAML file with the keys of ``RunConfig``; or a stream: a packaged name, a folder, or a YAML file that
             specifies one (it has ``tasks``). A relative path of a stream inside a configuration is looked up beside the
-            file first.
+            file first; those of the tasks of a stream written in place are relative to the file.
         settings: values over those of the file by dotted key: ``{"train.lr": 1e-4}``.
 
     Raises:
@@ -241,9 +241,13 @@ def read_source(source: str | Path, settings: Mapping[str, Any] | None = None) -
         read = read_yaml(path)
         if "stream" in read or "tasks" not in read:
             data = read
-            beside = path.parent / data["stream"] if isinstance(data.get("stream"), str) else None
-            if beside is not None and os.path.exists(beside):
+            stream = data.get("stream")
+            if isinstance(stream, str) and os.path.exists(beside := path.parent / stream):
                 data["stream"] = str(beside.resolve())
+            tasks = stream.get("tasks") if isinstance(stream, dict) else None
+            for task in tasks if isinstance(tasks, list) else ():
+                if isinstance(task, dict) and isinstance(task.get("path"), str):
+                    task["path"] = os.path.abspath(path.parent / task["path"])
     return set_keys(data, settings or {})
 
 

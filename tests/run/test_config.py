@@ -99,6 +99,15 @@ def test_a_stream_beside_the_file_is_found(tmp_path: Path) -> None:
     assert load_config(tmp_path / "run.yaml").stream == str(tmp_path / "mine")
 
 
+def test_the_tasks_of_a_stream_in_place_lie_beside_the_file(tmp_path: Path) -> None:
+    (tmp_path / "run.yaml").write_text(
+        "stream: {tasks: [{name: a, path: mine/a}, {name: b, path: /b}, {name: c, hub: c}]}"
+    )
+    stream = load_config(tmp_path / "run.yaml").stream
+    assert isinstance(stream, dict)
+    assert [task.get("path") for task in stream["tasks"]] == [str(tmp_path / "mine" / "a"), "/b", None]
+
+
 def test_a_stream_s_path_does_not_depend_on_where_one_stands(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     (tmp_path / "mine").mkdir()
     (tmp_path / "quickstart").mkdir()

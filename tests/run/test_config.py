@@ -34,6 +34,8 @@ def test_defaults_are_those_of_the_probe() -> None:
         ("stream: s\nmetods: [slao]", "metods: unknown key; did you mean 'methods'?"),
         ("stream: s\neval: {zzz: 2}", "eval.zzz: unknown key; known: rows, batch_size, every"),
         ("stream: s\ntrain: {lr: fast}", "train.lr: found 'fast', wanted a valid number"),
+        ("stream: s\ntrain: {lr: .inf}", "train.lr: found inf, wanted a finite number"),
+        ("stream: s\nlora: {alpha: .nan}", "lora.alpha: found nan, wanted a finite number"),
         ("stream: s\ntrain: {epochs: 0}", "train.epochs: found 0, wanted greater than or equal to 1"),
         ("stream: s\ntrain: 3", "train: found 3, wanted"),
         ("stream: s\nlora: {target_modules: [1]}", "lora.target_modules: found [1], wanted a list of module names"),

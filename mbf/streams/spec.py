@@ -6,7 +6,7 @@ from collections import Counter
 from pathlib import Path
 from typing import Annotated, Any
 
-from pydantic import AfterValidator, BaseModel, ConfigDict, Field, ValidationError, model_validator
+from pydantic import AfterValidator, BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
 
 from mbf.streams.task import SPLITS, Kind, Metric, Split, StreamError
 from mbf.streams.yaml_file import YamlError, parse_yaml_file
@@ -58,6 +58,24 @@ class TaskSpec(BaseModel):
     metric: Metric | None = None
     licence: str = ""
 
+    @field_validator("text", mode="before")
+    @classmethod
+    def _some_column(cls, text: Any) -> Any:
+        if text == []:
+            raise ValueError("found [], wanted a column, or a list of at least one; leave it out for 'text'")
+        return text
+
+    @field_validator("labels", mode="before")
+    @classmethod
+    def _no_booleans(cls, labels: Any) -> Any:
+        pairs = labels.items() if isinstance(labels, dict) else enumerate(labels) if isinstance(labels, list) else ()
+        for key, value in pairs:
+            if isinstance(key, bool) or isinstance(value, bool):
+                raise ValueError(
+                    f"found {value!r} for {key!r}, wanted text; YAML reads yes and no so: put them in quotes"
+                )
+        return labels
+
     @model_validator(mode="after")
     def _one_place(self) -> TaskSpec:
         if (self.path is None) == (self.hub is None):
@@ -100,7 +118,8 @@ def parse_spec(data: Any, where: str) -> StreamSpec:
         return StreamSpec.model_validate(data)
     except ValidationError as error:
         problems = "; ".join(
-            f"{'.'.join(map(str, issue['loc'])) or 'stream'}: {issue['msg']}" for issue in error.errors()
+            f"{'.'.join(map(str, issue['loc'])) or 'stream'}: {issue['msg'].removeprefix('Value error, ')}"
+            for issue in error.errors()
         )
         raise StreamError(f"{where} does not describe a stream: {problems}; see docs/data.md") from error
 
@@ -128,4 +147,4 @@ def folder_spec(root: Path) -> StreamSpec:
             f"{root} holds no task; wanted is {root}/<task>/train.jsonl (or csv, parquet, json in the SAPT layout), "
             f"and likewise {', '.join(SPLITS[1:])}"
         )
-    return StreamSpec(name=root.name, tasks=tasks)
+    return StreamSpec(name=root.resolve().name, tasks=tasks)

@@ -243,7 +243,28 @@ def test_what_is_said_about_wrong_sapt_folders(tmp_path: Path) -> None:
         load_stream(tmp_path / "a")
 
 
+def test_a_folder_is_called_by_its_name_wherever_one_stands(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    write_task(tmp_path / "mine" / "colours")
+    monkeypatch.chdir(tmp_path / "mine")
+    assert load_stream(".").name == "mine"
+
+
+def test_what_is_said_about_labels_that_yaml_reads_otherwise(tmp_path: Path) -> None:
+    for labels, found in (
+        ("{p: yes, q: no}", "True for 'p'"),
+        ("{no: a}", "'a' for False"),
+        ("[a, no]", "False for 1"),
+    ):
+        (tmp_path / "s.yaml").write_text(f"tasks: [{{name: t, path: ., labels: {labels}}}]")
+        with pytest.raises(
+            StreamError, match=rf"a stream: tasks\.0\.labels: found {found}, wanted text; .* in quotes;"
+        ):
+            load_stream(tmp_path / "s.yaml")
+
+
 def test_what_is_said_about_wrong_specs(tmp_path: Path) -> None:
+    with pytest.raises(StreamError, match=r"tasks\.0\.text: found \[\], wanted a column, or a list of at least one"):
+        load_one(tmp_path, path=tmp_path, text=[])
     with pytest.raises(StreamError, match="did you mean 'quickstart'"):
         load_stream("quickstrat")
     with pytest.raises(StreamError, match="real-5, real-14; your own is a folder"):

@@ -13,8 +13,8 @@ import torch
 from pydantic import Field
 from torch import Tensor
 
-from mbf.methods.base import Batches, Factors, Method, MethodInfo, Options, register
-from mbf.ops import rsvd
+from mbf.methods.base import Batches, Factors, Layer, Method, MethodInfo, Options, register
+from mbf.ops import LoraTerms, rsvd
 
 
 class MagMaxOptions(Options):
@@ -58,53 +58,50 @@ class MagMax(Method):
             self.write(self._factors("ft"))
 
     def after_task(self, i: int, data: Batches | None) -> None:
-        finetuned = self.current.clone()
-        if self.options.space == "delta":
-            self._merge_delta(finetuned)
-        else:
-            self._merge_factors(finetuned)
-
-    def _merge_factors(self, finetuned: Factors) -> None:
-        if "origin" not in self.state:
+        if self.options.space == "factors" and "origin" not in self.state:
             raise ValueError(
                 "magmax with space='factors' needs the LoRA from which task 1 started, which an adapter trained "
                 "elsewhere does not carry; use space='delta', or begin with an untrained adapter"
             )
-        origin = self._factors("origin")
-        tau = Factors(
-            [A - A_0 for A, A_0 in zip(finetuned.A, origin.A, strict=True)],
-            [B - B_0 for B, B_0 in zip(finetuned.B, origin.B, strict=True)],
-        )
-        if "tau" in self.state:
-            best = self._factors("tau")
-            tau = Factors(
-                [max_magnitude(a, b) for a, b in zip(best.A, tau.A, strict=True)],
-                [max_magnitude(a, b) for a, b in zip(best.B, tau.B, strict=True)],
-            )
-        self.state = {"origin": origin, "ft": finetuned, "tau": tau}
-        lam = self.options.scaling
-        self.write(
-            Factors(
-                [A_0 + lam * t for A_0, t in zip(origin.A, tau.A, strict=True)],
-                [B_0 + lam * t for B_0, t in zip(origin.B, tau.B, strict=True)],
-            )
-        )
+        finetuned = self.current.clone()
+        largest = [self._largest(n, A, B) for n, (A, B) in enumerate(zip(finetuned.A, finetuned.B, strict=True))]
+        merged = [self._lora(n, taus) for n, taus in enumerate(largest)]
+        if self.options.space == "delta":
+            self.state = {"ft": finetuned, "delta": [taus[0] for taus in largest]}
+        else:
+            tau = Factors([taus[0] for taus in largest], [taus[1] for taus in largest])
+            self.state = {"origin": self._factors("origin"), "ft": finetuned, "tau": tau}
+        self.write(Factors([A for A, _ in merged], [B for _, B in merged]))
 
-    def _merge_delta(self, finetuned: Factors) -> None:
-        delta = [B @ A for A, B in zip(finetuned.A, finetuned.B, strict=True)]
-        if "delta" in self.state:
-            best = self.state["delta"]
-            assert isinstance(best, list)
-            delta = [max_magnitude(a, b) for a, b in zip(best, delta, strict=True)]
-        self.state = {"ft": finetuned, "delta": delta}
+    def merged_terms(self, layer: Layer, index: int, i: int, weight: float | Tensor | None) -> LoraTerms:
+        """The merge with the LoRA in training as it is now, made anew in every forward and without gradients."""
+        if weight is not None:
+            super().merged_terms(layer, index, i, weight)  # says that there is none
+        with torch.no_grad():
+            A, B = self._lora(index, self._largest(index, *layer.values()))
+        return LoraTerms(A, B, layer.scale)
+
+    def _largest(self, n: int, A: Tensor, B: Tensor) -> list[Tensor]:
+        """The merged task vectors of layer n with (A, B) as the latest task: of A and of B, or of B A alone."""
+        if self.options.space == "delta":
+            new, kept = [B @ A], self.state.get("delta")
+            running = [kept[n]] if isinstance(kept, list) else new
+        else:
+            origin = self._factors("origin")
+            new = [A - origin.A[n], B - origin.B[n]]
+            running = [self._factors("tau").A[n], self._factors("tau").B[n]] if "tau" in self.state else new
+        return [max_magnitude(old, tau) for old, tau in zip(running, new, strict=True)]
+
+    def _lora(self, n: int, taus: list[Tensor]) -> tuple[Tensor, Tensor]:
+        """(A, B) of layer n for its merged task vectors."""
+        lam, layer = self.options.scaling, self.layers[n]
+        if self.options.space == "factors":
+            origin = self._factors("origin")
+            return origin.A[n] + lam * taus[0], origin.B[n] + lam * taus[1]
         # A generator of its own: merging must not move the training's random stream.
-        generator = torch.Generator(device=delta[0].device).manual_seed(0)
-        merged = Factors()
-        for dW, A in zip(delta, finetuned.A, strict=True):
-            U, S, Vh = rsvd(self.options.scaling * dW, A.shape[0], generator=generator)
-            merged.A.append((S.sqrt()[:, None] * Vh).to(A))
-            merged.B.append((U * S.sqrt()).to(A))
-        self.write(merged)
+        generator = torch.Generator(device=taus[0].device).manual_seed(0)
+        U, S, Vh = rsvd(lam * taus[0], layer.A.shape[0], generator=generator)
+        return (S.sqrt()[:, None] * Vh).to(layer.A), (U * S.sqrt()).to(layer.B)
 
     def _factors(self, key: str) -> Factors:
         value = self.state[key]

@@ -17,7 +17,8 @@ import torch
 from pydantic import Field
 from torch import Tensor
 
-from mbf.methods.base import Batches, Factors, Method, MethodInfo, Options, register
+from mbf.methods.base import Batches, Factors, Layer, Method, MethodInfo, Options, register
+from mbf.ops import BranchTerms
 
 
 class OpcmOptions(Options):
@@ -98,6 +99,14 @@ class Opcm(Method):
         self.state = {"origin": origin, "lam": lam, "mean_norm": mean_norm}
         merged = [o + D for o, D in zip(theta_0, tau, strict=True)]
         self.write(Factors(merged[: len(origin.A)], merged[len(origin.A) :]))
+
+    def merged_terms(self, layer: Layer, index: int, i: int, weight: float | Tensor | None) -> BranchTerms:
+        if i > 1 and weight is None:
+            raise ValueError(
+                "method 'opcm' scales every layer by a norm over all of them, so a single layer has no view of the "
+                "merge and merged_view() cannot show it; end the task, or evaluate the model as it trains"
+            )
+        return super().merged_terms(layer, index, i, weight)
 
 
 def _norm(tensors: list[Tensor]) -> float:

@@ -12,6 +12,13 @@ from tests.continual.tiny import base_model, batch, batches, logits, peft_model,
 
 METHODS = [name for name in methods.available() if not methods.get(name).joint]
 
+NO_VIEW = {
+    "loda": "take a pass of the trained model",
+    "opcm": "a single layer has no view of the merge",
+    "pm": r"call merged_view\(weight\)",
+}
+"""What methods say whose merge ``merged_view`` cannot show; ``pm`` in task 1, too, the others from task 2 on."""
+
 
 def learnt(name, tasks, model=None, **options):
     model = model or peft_model()
@@ -110,6 +117,32 @@ def test_a_task_goes_on_from_a_checkpoint_within_it(name):
     (function, state), (other, other_state) = ends
     assert torch.equal(function, other) and state.keys() == other_state.keys()
     assert all(torch.equal(state[key], other_state[key]) for key in state)
+
+
+@pytest.mark.parametrize(
+    ("name", "options"), [*((name, {}) for name in methods.available()), ("magmax", {"space": "delta"})]
+)
+def test_merged_view_computes_what_ending_the_task_gives_or_says_that_it_cannot(name, options):
+    model = peft_model()
+    learner = mbf.ContinualLora(model, name, **options)
+    for i in range(1, 2 if learner.method.joint else 4):
+        torch.manual_seed(i)
+        learner.begin_task(f"t{i}", batches(i))
+        train(model, i, steps=2)
+        inside, state = logits(model), learner.method.state_dict()
+        if name in NO_VIEW and (i > 1 or name == "pm"):
+            with pytest.raises(ValueError, match=NO_VIEW[name]), learner.merged_view():
+                pass
+            view = None
+        else:
+            with learner.merged_view():
+                view = logits(model)
+        assert torch.equal(logits(model), inside)
+        now = learner.method.state_dict()
+        assert now.keys() == state.keys() and all(torch.equal(now[key], state[key]) for key in state)
+        learner.end_task(batches(i))
+        if view is not None:
+            torch.testing.assert_close(view, logits(model), rtol=1e-4, atol=1e-5)
 
 
 @pytest.mark.parametrize("name", METHODS)

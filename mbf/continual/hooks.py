@@ -23,8 +23,9 @@ class TrainingHooks:
     The penalty of ``loss_extra`` is differentiated here, once an optimiser step, and added to the gradients: it counts
     once whatever the gradient accumulation, and is not part of what a loop clips before the step.
 
-    Gradients with inf or NaN are refused before the optimiser takes them. Those that a GradScaler finds never come
-    here, as it skips the step; optimisers that skip it themselves, told by ``found_inf``, are left to do so.
+    Gradients with inf or NaN are refused before the optimiser takes them, those that ``after_backward`` leaves, too.
+    Those that a GradScaler finds never come here, as it skips the step; optimisers that skip it themselves, told by
+    ``found_inf``, are left to do so.
     """
 
     def __init__(self, learner: ContinualLora) -> None:
@@ -71,11 +72,17 @@ class TrainingHooks:
         if penalty is not None and penalty.requires_grad:
             _add_gradient(penalty, [p for group in optimizer.param_groups for p in group["params"] if p.requires_grad])
         with torch.no_grad():
-            if getattr(optimizer, "found_inf", None) is None and (penalty is not None or self.checked != self.steps):
-                # Not those of another optimiser, which a GradScaler may still have to look at.
-                its = {id(p) for group in optimizer.param_groups for p in group["params"]}
-                check_step(self.learner, self.steps + 1, None, together=False, among=its)
+            refuses = getattr(optimizer, "found_inf", None) is None
+            if refuses and (penalty is not None or self.checked != self.steps):
+                self._check(optimizer)
             self.learner.method.after_backward()
+            if refuses and _overrides(self.learner.method, "after_backward"):
+                self._check(optimizer)
+
+    def _check(self, optimizer: Optimizer) -> None:
+        # Not the gradients of another optimiser, which a GradScaler may still have to look at.
+        its = {id(p) for group in optimizer.param_groups for p in group["params"]}
+        check_step(self.learner, self.steps + 1, None, together=False, among=its)
 
     def _after_step(self, optimizer: Optimizer, args: Any, kwargs: Any) -> None:
         if self._concerns(optimizer):

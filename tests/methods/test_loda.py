@@ -490,6 +490,23 @@ def test_a_model_without_a_loss_is_an_error_that_names_the_way_out():
         assert all(torch.equal(layer.B.grad, g) for layer, g in zip(free.layers, gradients, strict=True))
 
 
+def test_gradients_that_alignment_breaks_are_refused_before_the_optimiser_takes_them(monkeypatch):
+    model = peft_model()
+    learner = mbf.ContinualLora(model, "loda")
+    bad = lambda *_: [torch.full_like(p, float("nan")) for p in learner.method._trained()]  # noqa: E731
+    monkeypatch.setattr(learner.method, "_crossed", bad)
+    learner.begin_task("one", batches(1))
+    model.train()
+    before = learner.method.current.clone()
+    optimizer = torch.optim.SGD([p for p in model.parameters() if p.requires_grad], lr=0.1)
+    model(**batch(1)).loss.backward()
+    learner.check_step()  # the loop's own gradients are finite
+    with pytest.raises(mbf.continual.DivergedError, match=r"task 1 'one', step 1: inf or NaN in the gradient of"):
+        optimizer.step()
+    assert all(torch.equal(layer.B, B) for layer, B in zip(learner.layers, before.B, strict=True))
+    learner.abandon_task()
+
+
 def test_the_passes_compute_under_the_loops_autocast():
     model = peft_model()
     learner = mbf.ContinualLora(model, "loda")

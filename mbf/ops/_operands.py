@@ -78,7 +78,8 @@ def prepare(
 ) -> Branch:
     """Check the user's arguments and turn them into the operators'.
 
-    A tensor scale moves into the gate, a float λ becomes a 0-d tensor, an int seed too; without a seed, one is drawn.
+    A tensor scale moves into the gate, and a 0-d gate to x's device; a float λ becomes a 0-d tensor, an int seed too;
+    without a seed, one is drawn.
     """
     _check_factors(x, A, B)
     if torch.compiler.is_compiling() and not isinstance(scale, Tensor):
@@ -99,6 +100,8 @@ def prepare(
         scale = finite(scale, "scale")
     if gate is not None:
         _check_gate(gate, x, A)
+        if gate.dim() == 0 and gate.device != x.device:  # as torch has it beside tensors of another device
+            gate = gate.to(x.device)
     if mix is not None and (mix.shape != (A.shape[0], A.shape[0]) or mix.device != x.device):
         raise ValueError(
             f"mix has shape {list(mix.shape)} on {mix.device}; it must be [r, r] = [{A.shape[0]}, {A.shape[0]}] "

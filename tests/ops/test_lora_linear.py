@@ -15,6 +15,7 @@ from torch.nn import functional as F
 
 from mbf import ops
 from mbf.ops import lora_linear, lora_linear_ref
+from mbf.ops._operands import prepare
 from tests.ops.lora_cases import (
     FORMS,
     LAYOUTS,
@@ -420,6 +421,15 @@ def test_errors(changed: dict[str, Any], error: type[Exception], message: str) -
         lora_linear(**{"x": x, "weight": W, "A": A, "B": B, **changed})
 
 
+@pytest.mark.parametrize("named", ["scale", "gate"])
+def test_a_0d_factor_goes_to_the_device_of_x(named: str) -> None:
+    given = {"scale": 1.0, "gate": None, named: torch.tensor(2.0, requires_grad=True)}
+    rest = dict.fromkeys(("mix", "seed", "merged_B", "merge_weight"))
+    branch = prepare(x.to("meta"), A.to("meta"), B.to("meta"), **given, **rest, dropout_p=0.0)
+    assert branch.gate.device.type == "meta" and branch.gate.requires_grad
+    assert prepare(x, A, B, **given, **rest, dropout_p=0.0).gate is given[named]
+
+
 def test_plain_case_is_the_formula() -> None:
     expected = F.linear(x, W) + 2.0 * F.linear(F.linear(x, A), B)
     torch.testing.assert_close(lora_linear(x, W, A, B, scale=2.0), expected)
@@ -502,6 +512,7 @@ import torch
 from mbf import ops
 from tests.ops.lora_cases import SEED, check_error_rule, operands
 from mbf.ops import lora_linear, lora_linear_ref
+from mbf.ops._operands import prepare
 assert ops.native_status().loaded
 for shape, p in (((50, 63), 0.3), ((7, 129), 0.9)):
     with ops.use_backend("reference"):

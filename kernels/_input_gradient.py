@@ -232,7 +232,7 @@ def _launch_input_gradient(
     rows = dhs[0] if x is None else matrix(x)
     stripes = cdiv(width, config.columns)
     span, parts = spans(height, config.rows, stripes, programs_for(rows.device), LEAST_ROWS)
-    sums = [A.new_empty((parts, rank, width) if x is not None else (1,), dtype=parts_dtype(alike[0])) for A in factors]
+    sums = [A.new_empty(parts * rank * width if x is not None else 1, dtype=parts_dtype(alike[0])) for A in factors]
     # In a pipeline, dh in fp32 that only dA needs would be loaded to be read transposed, 4 bytes at a time.
     pipelined = dx is not None or factors[0].dtype.itemsize == 2
     launch(

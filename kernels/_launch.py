@@ -90,7 +90,9 @@ def spans(size: int, block: int, others: int, programs: int, least: int) -> tupl
 
     Returns:
         Elements of a part, and the number of parts. The same for the same arguments, so sums over the parts are too.
+        Of symbolic sizes they are expressions, which no guard binds.
     """
-    parts = max(1, min(programs // max(1, others), size // least))
+    least_of, most_of = (torch.sym_min, torch.sym_max) if tracing_now() else (min, max)
+    parts = most_of(1, least_of(programs // most_of(1, others), size // least))
     span = cdiv(cdiv(size, parts), block) * block
-    return span, cdiv(size, span)
+    return span, most_of(1, cdiv(size, span))

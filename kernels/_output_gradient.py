@@ -178,7 +178,7 @@ def output_gradients(
 def output_sums(
     dy: Tensor, z: Tensor, branch: Any, need_z: bool, need_B: bool, more: Tensor | None = None
 ) -> tuple[Tensor, Tensor]:
-    """The shares ``[stripes, rows, r]`` of dz and the parts ``[parts, d_out, r]`` of dB̂, without s.
+    """The shares ``[stripes, rows, r]`` of dz and the parts ``[parts, d_out, r]`` of dB̂, both flat, without s.
 
     Args:
         dy: ``[rows, d_out]``, its rows contiguous.
@@ -196,11 +196,10 @@ def output_sums(
     return run(config_for("output_gradient", ranks, B, tuple(dy.shape), run))
 
 
-def parted(of_parts: Tensor, first: int) -> tuple[Tensor, Tensor]:
-    """The parts ``[parts, d_out, first]`` and ``[parts, d_out, r - first]`` that stand in ``[parts, d_out, r]``."""
-    parts, width, rank = of_parts.shape
-    left, right = of_parts.view(-1).split([parts * width * first, parts * width * (rank - first)])
-    return left.view(parts, width, first), right.view(parts, width, rank - first)
+def parted(of_parts: Tensor, first: int, rank: int) -> list[Tensor]:
+    """The parts ``[parts, d_out, first]`` and ``[parts, d_out, r - first]`` of ``[parts, d_out, r]``, flat."""
+    columns = of_parts.shape[0] // rank
+    return list(of_parts.split([columns * first, columns * (rank - first)]))
 
 
 def _launch_output_gradient(
@@ -209,8 +208,8 @@ def _launch_output_gradient(
     (height, width), rank = dy.shape, z.shape[-1]
     stripes = cdiv(width, config.columns)
     span, parts = spans(height, config.rows, stripes, programs_for(dy.device), LEAST_ROWS)
-    dz = z.new_empty((stripes, height, rank) if need_z else (1,), dtype=parts_dtype(branch))
-    dB = z.new_empty((parts, width, rank) if need_B else (1,), dtype=parts_dtype(branch))
+    dz = z.new_empty(stripes * height * rank if need_z else 1, dtype=parts_dtype(branch))
+    dB = z.new_empty(parts * width * rank if need_B else 1, dtype=parts_dtype(branch))
     merged = branch.merged_B is not None
     weight, by_value = weight_argument(branch, dy.device)
     launch(
@@ -247,7 +246,8 @@ def unroute(
     shares: Tensor, h: Tensor, branch: Any, need_gate: bool, need_mix: bool
 ) -> tuple[Tensor, Tensor | None, Tensor | None]:
     """dh ``[rows, r]`` from dz's shares without s, and the gradients of gate and mix."""
-    height, rank = shares.shape[1:]
+    rank = h.shape[-1]
+    height = h.numel() // rank
     dh = h.new_empty(height, rank)
     if branch.gate is None and branch.mix is None:
         return reduced(shares, dh, branch.scale), None, None

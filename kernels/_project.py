@@ -193,8 +193,8 @@ def _project(x: Tensor, alike: Sequence[Any]) -> list[Tensor]:
         blocks = cdiv(height, config.rows)
         span, parts = spans(width, config.columns, blocks, programs_for(x.device), _LEAST_COLUMNS)
         of_parts = hs
-        if parts > 1:
-            of_parts = [A.new_empty((parts, height, rank), dtype=parts_dtype(alike[0])) for A in factors]
+        if isinstance(parts, torch.SymInt) or parts > 1:
+            of_parts = [A.new_empty(parts * height * rank, dtype=parts_dtype(alike[0])) for A in factors]
         _launch_project(rows, factors, alike, of_parts, (blocks, parts), span, config)
         return of_parts
 

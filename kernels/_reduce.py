@@ -65,8 +65,12 @@ def reduce_kernel(
 
 
 def reduced(parts: Tensor, out: Tensor, factor: float) -> Tensor:
-    """``out = factor · Σ parts``, out being contiguous and of any dtype."""
-    size, count = out.numel(), parts.shape[0]
+    """``out = factor · Σ parts``, out being contiguous and of any dtype.
+
+    The parts are flat: how many there are would be a dimension whose size, 1 or not, a graph is guarded by.
+    """
+    size = out.numel()
+    count = parts.numel() // size
     launch(
         reduce_kernel,
         (cdiv(size, _BLOCK),),
@@ -89,7 +93,8 @@ def reduced_B(parts: Tensor, branch: Any, needs: Sequence[bool]) -> list[Tensor 
     need_B, need_merged_B, need_weight = needs
     B, merged_B = branch.B.contiguous(), branch.merged_B.contiguous()
     weight, by_value = weight_argument(branch, B.device)
-    size, count = B.numel(), parts.shape[0]
+    size = B.numel()
+    count = parts.numel() // size
     programs = cdiv(size, _BLOCK)
     dB, dmerged_B = torch.empty_like(B), torch.empty_like(B) if need_merged_B else B
     shares = parts.new_empty(programs, dtype=sums_dtype(branch))

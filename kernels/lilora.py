@@ -171,11 +171,11 @@ def backward(dy: Tensor, h: Tensor, x: Tensor | None, operands: Any, needs: Sequ
         z = route(h, operands) if of_y else h.new_empty((0, rank + inner))
         shares, of_parts = output_sums(matrix(dy), z, branch, of_z, of_y, operands.Eb)
     if of_y:
-        of_B, of_Eb = parted(of_parts, rank)
+        of_B, of_Eb = parted(of_parts, rank, rank + inner)
         dB = reduced(of_B, h.new_empty(d_out, rank), 1.0) if need_B else None
         dEb = reduced(of_Eb, h.new_empty(d_out, inner), 1.0) if need_Eb else None
     if of_z:
-        dz = reduced(shares, h.new_empty(shares.shape[1:], dtype=sums_dtype(operands)), 1.0)
+        dz = reduced(shares, h.new_empty(h.numel() // rank, rank + inner, dtype=sums_dtype(operands)), 1.0)
         dh, dEa, dweight, dscale = unroute(dz, matrix(h), operands, need_x or need_A, *needs[3:4], *needs[5:])
         if dh is not None:
             width = operands.A.shape[1]
@@ -243,7 +243,7 @@ def unroute(
     Ea, height, need_numbers = operands.Ea.contiguous(), h.shape[0], need_weight or need_scale
     span, programs = spans(height, meta["ROWS"], 1, programs_for(h.device), LEAST_ROWS)
     dh = torch.empty_like(h) if need_h else h
-    of_Ea = h.new_empty((programs, *Ea.shape) if need_Ea else (1,), dtype=sums_dtype(operands))
+    of_Ea = h.new_empty(programs * Ea.numel() if need_Ea else 1, dtype=sums_dtype(operands))
     of_weight, of_scale = (h.new_empty(programs if need_numbers else 1, dtype=of_Ea.dtype) for _ in range(2))
     launch(
         lilora_unroute_kernel,

@@ -190,7 +190,7 @@ def _gradient(dy: Tensor, x: Tensor, terms: Any, shape: Shape, cos: Tensor, sin:
         down = cdiv(shape.height, config.rows)
         steps = down * shape.applied
         span, parts = spans(steps, 1, grid[0] * grid[1], programs_for(dy.device), LEAST_STEPS)
-        sums = dy.new_empty((parts, q, q), dtype=sums_dtype(terms))
+        sums = dy.new_empty(parts * q * q, dtype=sums_dtype(terms))
         launch(
             square_gradient_kernel,
             (*grid, parts),

@@ -21,6 +21,7 @@ from mbf.kernels.compile import rows
 from torch import Tensor
 from torch._functorch.aot_autograd import aot_function
 from torch._subclasses.fake_tensor import FakeTensorMode
+from torch.fx.experimental.symbolic_shapes import DimDynamic, ShapeEnv, StatelessSymbolicContext
 from triton.backends.compiler import GPUTarget
 
 import mbf.ops  # noqa: F401  (defines the operators)
@@ -40,7 +41,10 @@ class NamedGpu:
 
 
 def graphs() -> Any:
-    """The targets of the calls in the graphs that operators and their backward become, on a GPU."""
+    """The targets of the calls in the graphs that operators and their backward become, on a GPU, and their guards.
+
+    The number of tokens is a symbol, 64 or another.
+    """
     found: dict[str, list[list[str]]] = {}
 
     def forward(x: Tensor, W: Tensor, A: Tensor, B: Tensor, seed: Tensor, weight: Tensor) -> Any:
@@ -65,7 +69,11 @@ def graphs() -> Any:
     def nested_back(dy: Tensor, h: Tensor, x: Tensor, *operands: Tensor) -> Any:
         return torch.ops.mbf.lilora_accumulate_backward.default(dy, h, x, *operands[:-1], 0.1, operands[-1], [True] * 7)
 
-    with forced({"family": "sm_90"}), FakeTensorMode():
+    env = ShapeEnv()
+    mode = FakeTensorMode(shape_env=env)
+    context = StatelessSymbolicContext(dynamic_sizes=[DimDynamic.DYNAMIC])
+    tokens = mode.from_tensor(torch.empty(64, device="meta"), symbolic_context=context).shape[0]
+    with forced({"family": "sm_90"}), mode:
 
         def empty(*shape: int, dtype: torch.dtype = torch.bfloat16) -> Tensor:
             return torch.empty(shape, dtype=dtype, device="cuda")
@@ -79,9 +87,9 @@ def graphs() -> Any:
 
             aot_function(function, fw_compiler=keep)(*inputs)
 
-        shared = (empty(64, 256), empty(128, 256), empty(16, 256), empty(128, 16), empty(dtype=torch.int64))
+        shared = (empty(tokens, 256), empty(128, 256), empty(16, 256), empty(128, 16), empty(dtype=torch.int64))
         x, _, A, B, seed = shared
-        y, h, M, Ea, Eb = empty(64, 128), empty(64, 16), empty(96, 96), empty(8, 16), empty(128, 8)
+        y, h, M, Ea, Eb = empty(tokens, 128), empty(tokens, 16), empty(96, 96), empty(8, 16), empty(128, 8)
         on_cpu = torch.empty((), dtype=torch.float64)  # λ, as a float becomes
         trace(forward, *shared, on_cpu)
         trace(backward, y, h, *shared)
@@ -89,7 +97,7 @@ def graphs() -> Any:
         trace(turned_back, y, x, M, seed)
         trace(nested, y, x, A, B, Ea, Eb, on_cpu, on_cpu, seed)
         trace(nested_back, y, h, x, A, B, Ea, Eb, on_cpu, on_cpu, seed)
-    return found
+    return [found, [str(guard.expr) for guard in env.guards]]
 
 
 def compilations() -> Any:

@@ -8,8 +8,10 @@ from tests.kernels.uninterpreted import run
 def test_graphs_hold_the_launches() -> None:
     done = run("-m", "tests.kernels.scripts", "graphs")
     assert done.returncode == 0, done.stderr
-    graphs = json.loads(done.stdout)
-    expected = {"forward": 2, "backward": 5, "turned": 1, "turned_back": 3, "nested": 3, "nested_back": 9}
+    graphs, guards = json.loads(done.stdout)
+    # One graph for any number of tokens, but of lilora_accumulate, where torch tells a sum over one part from others.
+    assert len(guards) == 1 and all(guard.endswith(" < 2") for guard in guards)
+    expected = {"forward": 3, "backward": 5, "turned": 1, "turned_back": 3, "nested": 4, "nested_back": 9}
     assert graphs.keys() == expected.keys()
     for name, graph in graphs.items():
         assert not [target for target in graph if "mbf" in target]

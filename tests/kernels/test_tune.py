@@ -8,7 +8,7 @@ import pytest
 import torch
 from mbf.kernels import _tune
 from mbf.kernels._configs import FAMILIES, Config, multiprocessors, neighbours, of_capability, programs, shipped
-from mbf.kernels._launch import spans
+from mbf.kernels._launch import spans, tracing
 from mbf.kernels._operands import at_once, most_rank, padded, together
 from mbf.kernels._specimens import Terms
 
@@ -131,3 +131,5 @@ def test_parts_cover_the_axis(size: int, block: int, others: int) -> None:
     span, parts = spans(size, block, others, 132, 256)
     assert span % block == 0 and (parts - 1) * span < size <= parts * span
     assert parts == 1 or (parts * others <= 132 and span >= 256)
+    with tracing():
+        assert spans(size, block, others, 132, 256) == (span, parts)

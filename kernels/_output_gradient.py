@@ -250,8 +250,8 @@ def unroute(
     height = h.numel() // rank
     dh = h.new_empty(height, rank)
     if branch.gate is None and branch.mix is None:
-        return reduced(shares, dh, branch.scale), None, None
-    dz = reduced(shares, h.new_empty(height, rank, dtype=sums_dtype(branch)), branch.scale)
+        return reduced(shares, dh, branch.scale, rank), None, None
+    dz = reduced(shares, h.new_empty(height, rank, dtype=sums_dtype(branch)), branch.scale, rank)
     gate, mix, u = gate_matrix(branch, h), branch.mix, h
     by_blas = mix is not None and padded(rank) > MOST_MIX
     if by_blas:

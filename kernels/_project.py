@@ -200,7 +200,7 @@ def _project(x: Tensor, alike: Sequence[Any]) -> list[Tensor]:
 
     name = "project" if len(alike) == 1 else "project_group"
     sums = run(config_for(name, padded(rank), factors[0], (height, width), run))
-    return hs if sums is hs else [reduced(of_parts, h, 1.0) for of_parts, h in zip(sums, hs, strict=True)]
+    return hs if sums is hs else [reduced(of_parts, h, 1.0, rank) for of_parts, h in zip(sums, hs, strict=True)]
 
 
 def _launch_project(

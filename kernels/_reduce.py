@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from typing import Any
 
@@ -17,7 +18,7 @@ LEAST_ROWS = 256  # of a part
 _BLOCK = 1024  # elements of a program
 
 
-@triton.jit(do_not_specialize=["count"])
+@triton.jit(do_not_specialize=["units", "count"])
 def reduce_kernel(
     parts,
     gradient,
@@ -26,9 +27,10 @@ def reduce_kernel(
     B,
     merged_B,
     weight,
-    size,
+    units,
     count,
     factor,
+    UNIT: tl.constexpr,
     BLOCK: tl.constexpr,
     MERGED: tl.constexpr,
     BY_VALUE: tl.constexpr,
@@ -38,8 +40,10 @@ def reduce_kernel(
 ):
     """The sum of ``parts [count, size]`` times factor: a gradient or, MERGED, dB̂, which gives those of B, B₀ and λ.
 
-    It is taken in fp32 or more. Of λ's, a program leaves the share of its elements.
+    It is taken in fp32 or more. Of λ's, a program leaves the share of its elements. The size is ``units · UNIT``, so
+    that accesses are as wide as UNIT allows, whatever the number of rows.
     """
+    size = units.to(tl.int64) * UNIT
     sums: tl.constexpr = tl.float64 if parts.dtype.element_ty == tl.float64 else tl.float32
     block = tl.program_id(0).to(tl.int64)
     at = block * BLOCK + tl.arange(0, BLOCK)
@@ -64,20 +68,21 @@ def reduce_kernel(
         tl.store(gradient + at, total.to(dtype), mask=there)
 
 
-def reduced(parts: Tensor, out: Tensor, factor: float) -> Tensor:
-    """``out = factor · Σ parts``, out being contiguous and of any dtype.
+def reduced(parts: Tensor, out: Tensor, factor: float, row: int | None = None) -> Tensor:
+    """``out = factor · Σ parts``, out being contiguous and of any dtype; ``row`` is its width if tokens are its rows.
 
     The parts are flat: how many there are would be a dimension whose size, 1 or not, a graph is guarded by.
     """
     size = out.numel()
-    count = parts.numel() // size
+    unit, count = _unit(row or size), parts.numel() // size
     launch(
         reduce_kernel,
         (cdiv(size, _BLOCK),),
         *(parts, out, out, parts, out, out, 0.0),
-        size,
+        size // unit,
         count,
         factor,
+        UNIT=unit,
         BLOCK=_BLOCK,
         MERGED=False,
         BY_VALUE=True,
@@ -88,13 +93,18 @@ def reduced(parts: Tensor, out: Tensor, factor: float) -> Tensor:
     return out
 
 
+def _unit(size: int) -> int:
+    """The greatest divisor of size that alignment asks for."""
+    return math.gcd(size, 16)
+
+
 def reduced_B(parts: Tensor, branch: Any, needs: Sequence[bool]) -> list[Tensor | None]:
     """The gradients of B, B₀ and λ that are asked, from the parts of dB̂ without s."""
     need_B, need_merged_B, need_weight = needs
     B, merged_B = branch.B.contiguous(), branch.merged_B.contiguous()
     weight, by_value = weight_argument(branch, B.device)
     size = B.numel()
-    count = parts.numel() // size
+    unit, count = _unit(size), parts.numel() // size
     programs = cdiv(size, _BLOCK)
     dB, dmerged_B = torch.empty_like(B), torch.empty_like(B) if need_merged_B else B
     shares = parts.new_empty(programs, dtype=sums_dtype(branch))
@@ -102,9 +112,10 @@ def reduced_B(parts: Tensor, branch: Any, needs: Sequence[bool]) -> list[Tensor 
         reduce_kernel,
         (programs,),
         *(parts, dB, dmerged_B, shares, B, merged_B, weight),
-        size,
+        size // unit,
         count,
         branch.scale,
+        UNIT=unit,
         BLOCK=_BLOCK,
         MERGED=True,
         BY_VALUE=by_value,

@@ -175,7 +175,8 @@ def backward(dy: Tensor, h: Tensor, x: Tensor | None, operands: Any, needs: Sequ
         dB = reduced(of_B, h.new_empty(d_out, rank), 1.0) if need_B else None
         dEb = reduced(of_Eb, h.new_empty(d_out, inner), 1.0) if need_Eb else None
     if of_z:
-        dz = reduced(shares, h.new_empty(h.numel() // rank, rank + inner, dtype=sums_dtype(operands)), 1.0)
+        dz = h.new_empty(h.numel() // rank, rank + inner, dtype=sums_dtype(operands))
+        dz = reduced(shares, dz, 1.0, rank + inner)
         dh, dEa, dweight, dscale = unroute(dz, matrix(h), operands, need_x or need_A, *needs[3:4], *needs[5:])
         if dh is not None:
             width = operands.A.shape[1]

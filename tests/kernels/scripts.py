@@ -110,7 +110,8 @@ def compilations() -> Any:
     triton.knobs.runtime.jit_post_compile_hook = count
     for scale, weight, p, tokens in [(2.0, 0.5, 0.1, 4096), (0.3, 1.0, 0.1, 8192), (1.0, 0.0, 0.25, 4097)]:
         with recorded() as launches:
-            _step(scale, weight, p, tokens)
+            _step(scale, weight, p, tokens, 16)
+            _step(scale, weight, p, tokens, 8)
         for kernel, grid, arguments, meta in launches:
             kernel.warmup(*arguments, grid=grid, **meta)
         if tokens == 4096:
@@ -118,16 +119,16 @@ def compilations() -> Any:
     return [first, dict(counts)]
 
 
-def _step(scale: float, weight: float, p: float, tokens: int) -> None:
+def _step(scale: float, weight: float, p: float, tokens: int, rank: int) -> None:
     def empty(*shape: int) -> Tensor:
         return torch.empty(shape, dtype=torch.bfloat16, device="meta")
 
     class Branch(Terms):
         least = round(p * 2**16)
 
-    A, B, seed = empty(16, 512), empty(512, 16), torch.empty((), dtype=torch.int64, device="meta")
+    A, B, seed = empty(rank, 512), empty(512, rank), torch.empty((), dtype=torch.int64, device="meta")
     branch = Branch(A, B, scale, None, None, p, seed, B, torch.tensor(weight, dtype=torch.float64))
-    x, W, h = empty(tokens, 512), empty(512, 512), empty(tokens, 16)
+    x, W, h = empty(tokens, 512), empty(512, 512), empty(tokens, rank)
     lora_linear.forward(x, W, None, branch)
     lora_linear.backward(x, h, x, W, branch, [True, False, False, True, True, False, False, True, False])
     cos = torch.empty(6, 48, dtype=torch.float32, device="meta")
@@ -135,7 +136,7 @@ def _step(scale: float, weight: float, p: float, tokens: int) -> None:
     mora.forward(x, x, square, cos, cos)
     mora.backward(x, x, square, 512, cos, cos, [True, True])
     number = torch.tensor(weight, dtype=torch.float64)
-    nested = NestedTerms(A, B, empty(16, 16), empty(512, 16), number, number * scale, p, seed)
+    nested = NestedTerms(A, B, empty(rank, rank), empty(512, rank), number, number * scale, p, seed)
     lilora.forward(x, x, nested)
     lilora.backward(x, h, x, nested, [True] * 5 + [False] * 2)
 

@@ -28,8 +28,8 @@ def forward(x: Tensor, weight: Tensor, bias: Tensor | None, branch: Any) -> Any:
 
 
 def recomputed(x: Tensor, weight: Tensor, bias: Tensor | None, branch: Any, h: Tensor) -> Tensor:
-    """y once more, h being there."""
-    return output(x, weight, bias, branch, route(h, branch))
+    """y once more, h being there, with the bits that ``lora_group`` gave it."""
+    return _on_the_base(x, weight, bias, branch, route(h, branch))
 
 
 def output(x: Tensor, weight: Tensor, bias: Tensor | None, branch: Any, z: Tensor) -> Tensor:
@@ -38,11 +38,15 @@ def output(x: Tensor, weight: Tensor, bias: Tensor | None, branch: Any, z: Tenso
     def run(tier: str) -> Tensor:
         if tier == "epilogue":
             return _epilogue.forward(x, weight, bias, z, branch)
-        y = F.linear(x, weight, bias)
-        accumulate(y, y, z, branch)
-        return y
+        return _on_the_base(x, weight, bias, branch, z)
 
     return run(_tier("forward", x, weight, branch, run))
+
+
+def _on_the_base(x: Tensor, weight: Tensor, bias: Tensor | None, branch: Any, z: Tensor) -> Tensor:
+    y = F.linear(x, weight, bias)
+    accumulate(y, y, z, branch)
+    return y
 
 
 def backward(dy: Tensor, h: Tensor, x: Tensor | None, weight: Tensor, branch: Any, needs: Sequence[bool]) -> Any:

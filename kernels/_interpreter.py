@@ -17,7 +17,9 @@ def mend() -> None:
         pair = source.dtype.scalar, to.scalar
         if pair == (tl.bfloat16, tl.float32):
             return TensorHandle(widened(source.data), tl.float32)
-        if pair == (tl.float32, tl.bfloat16):
+        if pair == (tl.bfloat16, tl.float64):
+            return TensorHandle(widened(source.data).astype(np.float64), tl.float64)
+        if pair in ((tl.float32, tl.bfloat16), (tl.float64, tl.bfloat16)):
             return TensorHandle(rounded(source.data), tl.bfloat16)
         return cast(self, source, to)
 
@@ -37,7 +39,7 @@ def widened(bits: np.ndarray) -> np.ndarray:
 
 
 def rounded(values: np.ndarray) -> np.ndarray:
-    """bf16's bits of fp32 values, rounded to nearest, half to even."""
+    """bf16's bits of fp32 values, rounded to nearest, half to even; of fp64 ones by way of fp32, as torch has it."""
     bits = np.ascontiguousarray(values, np.float32).view(np.uint32)
     nearest = (bits + 0x7FFF + (bits >> 16 & 1)) >> 16
     return np.where(np.isnan(values), 0x7FC0, nearest).astype(np.uint16)

@@ -22,7 +22,6 @@ from mbf.ops import BranchTerms, rsvd
 from mbf.peft import describe_ranks
 from mbf.peft.stored import CONFIG, PREFIX, WEIGHTS, check_factors, read_config, read_tensors, scale_of
 
-
 _KEEP_SPLIT = ("slao", "seqlora")  # whose result holds the part that PEFT took out of W once
 
 

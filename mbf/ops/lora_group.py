@@ -60,7 +60,7 @@ def _forward(
 
 
 def _backward(
-    dys: list[Tensor | None],
+    dys: Sequence[Tensor | None],
     hs: list[Tensor],
     x: Tensor | None,
     weights: list[Tensor],

@@ -142,7 +142,10 @@ class Cell:
             skipped, trained = self._refuse(error, number), Trained(seconds=0.0, tokens=0)
             # The LoRA has not changed, and so have no scores.
             scores = dict(self.ledger.learned[-1].scores if self.ledger.learned else zero_shot)
-        learner.save(self.directory.state(number))
+        with warnings.catch_warnings():
+            # What plain PEFT loads is exported at the cell's end.
+            warnings.filterwarnings("ignore", "method '.*' computes something else than the adapter that is saved")
+            learner.save(self.directory.state(number))
         memory = learner.memory_bytes()
         self.ledger.learned.append(
             Learned(

@@ -22,6 +22,8 @@ from mbf.run.processes import Processes
 from mbf.run.progress import Progress
 from mbf.streams import Stream, load_stream
 
+_UNLISTED = ("azure_ml", "flyte")  # trackers that transformers does not list, or not always, when they are installed
+
 
 class Workbench:
     """Loads stream and model, and checks against them what the configuration alone could not show.
@@ -134,7 +136,7 @@ def _check_trackers(report_to: str | list[str]) -> None:
             near = difflib.get_close_matches(name, known, n=1)
             hint = f"did you mean {near[0]!r}?" if near else f"known: none, all, {', '.join(known)}"
             raise ConfigError(f"train.report_to: the tracker {name!r} is unknown; {hint}")
-        if name not in installed:
+        if name not in installed and name not in _UNLISTED:
             there = ", ".join(installed) or "none"
             raise ConfigError(
                 f"train.report_to: the tracker {name!r} is not installed (there are: {there}); install it, or set "

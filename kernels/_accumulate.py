@@ -96,4 +96,8 @@ def accumulate(y: Tensor, out: Tensor, z: Tensor, branch: Any, more: Tensor | No
             num_stages=config.stages,
         )
 
-    run(config_for("accumulate", padded(rank), B, (height, width), lambda one: run(one, torch.empty_like(y))), out)
+    form = (merged, more is not None)
+    config = config_for(
+        "accumulate", padded(rank), B, y.dtype, (height, width), form, lambda one: run(one, torch.empty_like(y))
+    )
+    run(config, out)

@@ -171,15 +171,15 @@ _TABLES = {
             "64x64x8x2 32x32x4x2",
         ),
         "accumulate": (
-            "32x256x8x2 32x256x8x2 32x256x8x2 32x128x8x2 32x64x4x2",
+            "32x256x8x2 32x256x8x2 32x128x8x2 32x64x4x2 32x64x4x2",
             "32x256x8x2 32x128x8x2 32x64x4x2 16x32x4x2",
         ),
         "output_gradient": (
-            "64x256x8x2 64x128x8x2 64x128x8x2 32x64x8x2 32x64x8x2",
+            "32x256x8x2 64x128x8x2 64x128x8x2 32x64x8x2 32x64x8x2",
             "32x128x8x2 32x64x8x2 16x64x4x2 16x32x4x2",
         ),
         "input_gradient": (
-            "32x256x8x2 32x256x8x2 32x128x8x2 32x128x8x2 16x64x4x1",
+            "32x256x8x2 32x256x8x2 32x128x8x2 32x64x8x2 16x64x4x1",
             "32x128x8x2 32x64x8x2 16x64x4x2 16x32x8x1",
         ),
         "input_gradient_group": (
@@ -229,10 +229,12 @@ def shipped(kernel: str, ranks: int, itemsize: int, of: str) -> Config:
     Args:
         kernel: its name, ``"project"`` say; of more branches than one ``"project_group"``.
         ranks: of a tile.
-        itemsize: bytes of an element of A and B.
+        itemsize: bytes of an element of A and B or of the activations, of the wider of the two. Half types have more
+            ranks than the table has for wide ones; those keep their entry.
         of: one of ``FAMILIES``.
     """
-    return _read(_TABLES[of][kernel][itemsize > 2], ranks)
+    half, wide = _TABLES[of][kernel]
+    return _read(wide if itemsize > 2 and _place(ranks) < len(wide.split()) else half, ranks)
 
 
 def programs(of: str) -> int:
@@ -250,7 +252,11 @@ def multiprocessors(device: torch.device) -> int:
 
 @cache
 def _read(entries: str, ranks: int) -> Config:
-    return Config(*map(int, entries.split()[ranks.bit_length() - 5].split("x")))
+    return Config(*map(int, entries.split()[_place(ranks)].split("x")))
+
+
+def _place(ranks: int) -> int:
+    return ranks.bit_length() - 5
 
 
 def neighbours(config: Config) -> list[Config]:

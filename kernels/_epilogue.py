@@ -165,4 +165,5 @@ def _product(
             num_stages=config.stages,
         )
 
-    run(config_for("epilogue", padded(rank), right, (height, width, depth), run))
+    form = (is_forward, bias is not None, merged, dropout.on)
+    run(config_for("epilogue", padded(rank), right, x.dtype, (height, width, depth), form, run))

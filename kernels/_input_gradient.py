@@ -207,7 +207,9 @@ def _input_gradients(
         "input_gradient" if len(alike) == 1 else "input_gradient_group",
         padded(rank),
         factors[0],
+        next((one.dtype for one in (x, dx) if one is not None), dhs[0].dtype),
         (dhs[0].shape[0], width),
+        (len(alike), x is None, dx is None, add, Dropout.of(alike[0]).on),
         lambda one: run(one, None if dx is None else torch.empty_like(dx)),
     )
     sums = run(config, dx)

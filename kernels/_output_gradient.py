@@ -193,7 +193,8 @@ def output_sums(
     ranks = padded(z.shape[-1])
     if more is not None:  # two matrices take more registers than one: the tile of twice the ranks
         ranks = min(2 * ranks, most_rank(B.dtype))
-    return run(config_for("output_gradient", ranks, B, tuple(dy.shape), run))
+    form = (need_z, need_B, branch.merged_B is not None, more is not None)
+    return run(config_for("output_gradient", ranks, B, dy.dtype, tuple(dy.shape), form, run))
 
 
 def parted(of_parts: Tensor, first: int, rank: int) -> list[Tensor]:

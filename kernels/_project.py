@@ -199,7 +199,8 @@ def _project(x: Tensor, alike: Sequence[Any]) -> list[Tensor]:
         return of_parts
 
     name = "project" if len(alike) == 1 else "project_group"
-    sums = run(config_for(name, padded(rank), factors[0], (height, width), run))
+    form = (len(alike), Dropout.of(alike[0]).on)
+    sums = run(config_for(name, padded(rank), factors[0], x.dtype, (height, width), form, run))
     return hs if sums is hs else [reduced(of_parts, h, 1.0, rank) for of_parts, h in zip(sums, hs, strict=True)]
 
 

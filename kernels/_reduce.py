@@ -74,7 +74,7 @@ def reduced(parts: Tensor, out: Tensor, factor: float, row: int | None = None) -
     The parts are flat: how many there are would be a dimension whose size, 1 or not, a graph is guarded by.
     """
     size = out.numel()
-    unit, count = _unit(row or size), parts.numel() // size
+    unit, count = _unit(size, row or size, parts, out), parts.numel() // size
     launch(
         reduce_kernel,
         (cdiv(size, _BLOCK),),
@@ -93,9 +93,15 @@ def reduced(parts: Tensor, out: Tensor, factor: float, row: int | None = None) -
     return out
 
 
-def _unit(size: int) -> int:
-    """The greatest divisor of size that alignment asks for."""
-    return math.gcd(size, 16)
+def _unit(size: int, row: int, *tensors: Tensor) -> int:
+    """A divisor of size for accesses of 16 bytes: one of the row's, so that the number of rows compiles nothing anew.
+
+    Rows that have none allow such accesses for some numbers of rows, which have a binary of their own; not so in a
+    graph, which is one for any number.
+    """
+    wanted = 16 // min(tensor.element_size() for tensor in tensors)
+    unit = math.gcd(row, wanted)
+    return unit if unit == wanted or isinstance(size, torch.SymInt) else math.gcd(size, wanted)
 
 
 def reduced_B(parts: Tensor, branch: Any, needs: Sequence[bool]) -> list[Tensor | None]:
@@ -104,7 +110,7 @@ def reduced_B(parts: Tensor, branch: Any, needs: Sequence[bool]) -> list[Tensor 
     B, merged_B = branch.B.contiguous(), branch.merged_B.contiguous()
     weight, by_value = weight_argument(branch, B.device)
     size = B.numel()
-    unit, count = _unit(size), parts.numel() // size
+    unit, count = _unit(size, size, parts, B), parts.numel() // size
     programs = cdiv(size, _BLOCK)
     dB, dmerged_B = torch.empty_like(B), torch.empty_like(B) if need_merged_B else B
     shares = parts.new_empty(programs, dtype=sums_dtype(branch))

@@ -26,7 +26,7 @@ _POINTERS = {
     torch.bool: "*i1",
 }
 _OPTIONS = ("num_warps", "num_stages")
-_SHARED = {80: 163, 87: 163, 90: 227, 100: 227, 103: 227, 110: 227}  # KiB that a block may have; others 99
+_SHARED = {75: 64, 80: 163, 87: 163, 90: 227, 100: 227, 103: 227, 110: 227}  # KiB that a block may have; others 99
 HALVES = ("bf16", "fp16")  # dtypes of which all products are of half types
 _TENSOR_CORES = re.compile(r"HMMA|HGMMA|UTC\w*MMA")
 _INSTRUCTION = re.compile(r"^\s+/\*[0-9a-f]{4,}\*/\s+(?:@!?U?P\w+\s+)?([A-Z0-9_.]+)", re.M)

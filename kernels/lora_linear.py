@@ -85,4 +85,5 @@ def _input_gradients(
 def _tier(name: str, x: Tensor, weight: Tensor, branch: Any, run: Any) -> str:
     if not _epilogue.possible(x, weight, branch):
         return "base"
-    return tier_for(name, x, (x.numel() // x.shape[-1], *weight.shape, branch.A.shape[0]), run)
+    form = (branch.A.dtype, branch.merged_B is not None, branch.dropout_p > 0)
+    return tier_for(name, x, (x.numel() // x.shape[-1], *weight.shape, branch.A.shape[0]), form, run)

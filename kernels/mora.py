@@ -88,10 +88,11 @@ def sums_dtype(terms: Any) -> torch.dtype:
     return torch.float64 if terms.M.dtype == torch.float64 else torch.float32
 
 
-def _config(kernel: str, terms: Any, shape: Shape, trial: Any) -> Config:
-    """By the columns of M, as other kernels' by their ranks."""
+def _config(kernel: str, terms: Any, shape: Shape, dtype: torch.dtype, trial: Any) -> Config:
+    """By the columns of M, as other kernels' by their ranks; dtype is that of the activations that are read."""
     key = min(256, max(16, 1 << (shape.q - 1).bit_length()))
-    return config_for(kernel, key, terms.M, (shape.height, shape.d_in, shape.d_out, shape.q), trial)
+    size, form = (shape.height, shape.d_in, shape.d_out, shape.q), (shape.rotate, terms.dropout_p > 0)
+    return config_for(kernel, key, terms.M, dtype, size, form, trial)
 
 
 def _common(config: Config) -> dict[str, Any]:
@@ -128,7 +129,7 @@ def forward(y: Tensor, x: Tensor, terms: Any, cos: Tensor, sin: Tensor) -> Any:
         return out
 
     out = torch.empty_like(y)
-    return run(_config("square", terms, shape, lambda one: run(one, torch.empty_like(y))), out)
+    return run(_config("square", terms, shape, rows.dtype, lambda one: run(one, torch.empty_like(y))), out)
 
 
 def backward(
@@ -177,7 +178,7 @@ def _input_gradient(dy: Tensor, terms: Any, shape: Shape, cos: Tensor, sin: Tens
                 **_common(config),
             )
 
-    run(_config("square_input_gradient", terms, shape, lambda one: run(one, torch.empty_like(dx))), dx)
+    run(_config("square_input_gradient", terms, shape, dy.dtype, lambda one: run(one, torch.empty_like(dx))), dx)
     return dx
 
 
@@ -204,5 +205,5 @@ def _gradient(dy: Tensor, x: Tensor, terms: Any, shape: Shape, cos: Tensor, sin:
         )
         return sums
 
-    sums = run(_config("square_gradient", terms, shape, run))
+    sums = run(_config("square_gradient", terms, shape, dy.dtype, run))
     return reduced(sums, torch.empty((q, q), dtype=terms.M.dtype, device=dy.device), terms.scale * dropout.factor)

@@ -3,14 +3,18 @@ from __future__ import annotations
 import json
 from pathlib import Path
 from types import SimpleNamespace
+from typing import Any
 
 import pytest
 import torch
 from mbf.kernels import _tune
 from mbf.kernels._configs import FAMILIES, Config, multiprocessors, neighbours, of_capability, programs, shipped
-from mbf.kernels._launch import spans, tracing
+from mbf.kernels._launch import recorded, spans, tracing
 from mbf.kernels._operands import at_once, most_rank, padded, together
+from mbf.kernels._project import project
 from mbf.kernels._specimens import Terms
+
+from mbf.ops._operands import prepare
 
 CPU = torch.device("cpu")
 
@@ -65,14 +69,59 @@ def test_a_folder_that_cannot_be_written_is_said(monkeypatch: pytest.MonkeyPatch
     monkeypatch.setenv("MBF_CACHE", str(own_cache / "file"))
     with pytest.warns(UserWarning, match="cannot be kept in"):
         assert _tune.best("key", CPU, ["base"], lambda c: c, lambda trial: 1.0) == "base"
+    again = _tune.best("key", CPU, ["base", "epilogue"], lambda c: c, lambda trial: pytest.fail("timed again"))
+    assert again == "base"
+
+
+def test_a_write_that_fails_leaves_nothing_behind(monkeypatch: pytest.MonkeyPatch, own_cache: Path) -> None:
+    def full(*_: object) -> None:
+        raise OSError("no space left on the device")
+
+    monkeypatch.setattr("os.replace", full)
+    with pytest.warns(UserWarning, match="no space left"):
+        _tune.best("key", CPU, ["base"], lambda c: c, lambda trial: 1.0)
+    assert [*(own_cache / "kernels").iterdir()] == []
+
+
+def test_without_a_home_answers_last_as_long_as_the_process(monkeypatch: pytest.MonkeyPatch) -> None:
+    def homeless(_: Path) -> Path:
+        raise RuntimeError("Could not determine home directory.")
+
+    monkeypatch.delenv("MBF_CACHE")
+    monkeypatch.setattr(Path, "expanduser", homeless)
+    _tune._file.cache_clear()
+    asked: list[str] = []
+    for _ in range(2):
+        assert _tune.best("homeless", CPU, ["a", "b"], lambda c: c, timer({"a": 2.0, "b": 1.0}, asked)) == "b"
+    assert asked == ["a", "b"]
+    _tune._file.cache_clear()
+
+
+@pytest.mark.parametrize("other", [{"dtype": torch.float32}, {"dropout_p": 0.1}, {"count": 2}, {"rank": 8}])
+def test_an_answer_is_for_launches_of_one_form(monkeypatch: pytest.MonkeyPatch, other: dict[str, Any]) -> None:
+    keys: list[str] = []
+    monkeypatch.setattr(_tune, "_tuning", lambda device: True)
+    monkeypatch.setattr(_tune, "best", lambda key, device, candidates, trial: keys.append(key) or candidates[0])
+
+    def run(dtype: torch.dtype = torch.bfloat16, dropout_p: float = 0.0, count: int = 1, rank: int = 32) -> None:
+        A = torch.zeros(rank, 64, dtype=torch.bfloat16)
+        x = torch.zeros(70, 64, dtype=dtype)
+        given = [prepare(x, A, torch.zeros(8, rank).bfloat16(), 1.0, None, None, dropout_p, 1, None, None)] * count
+        with recorded():
+            project(x, given)
+
+    run()
+    run()
+    run(**other)
+    assert len(keys) == 3 and keys[0] == keys[1] != keys[2]
 
 
 def test_without_a_gpu_nothing_is_timed(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("MBF_AUTOTUNE", "1")
     A = torch.zeros(16, 8)
-    config = _tune.config_for("project", 16, A, (1, 8), lambda c: pytest.fail("timed"))
+    config = _tune.config_for("project", 16, A, torch.float32, (1, 8), (), lambda c: pytest.fail("timed"))
     assert config == shipped("project", 16, 4, "sm_90")
-    assert _tune.tier_for("forward", A, (1, 8), lambda tier: pytest.fail("timed")) == "base"
+    assert _tune.tier_for("forward", A, (1, 8), (), lambda tier: pytest.fail("timed")) == "base"
 
 
 @pytest.mark.parametrize("capability", [(7, 5), (8, 0), (8, 6), (8, 9), (9, 0), (10, 0), (10, 3), (12, 0), (99, 9)])
@@ -93,6 +142,13 @@ def test_a_table_answers_for_every_launch(family: str) -> None:
                 config = shipped(kernel, padded(rank), dtype.itemsize, family)
                 assert min(config) > 0 and config.rows >= 16 and config.columns >= 16
                 assert all(min(one) > 0 for one in neighbours(config))
+
+
+def test_wide_activations_have_the_tiles_of_wide_types_as_far_as_there_are() -> None:
+    for ranks, itemsize in ((32, 4), (256, 2)):
+        B = torch.zeros(8, ranks, dtype=torch.bfloat16)
+        found = _tune.config_for("output_gradient", ranks, B, torch.float32, (1, 8), (), lambda c: pytest.fail("timed"))
+        assert found == shipped("output_gradient", ranks, itemsize, "sm_90")
 
 
 def test_there_are_as_many_programs_as_the_gpu_has_multiprocessors(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -497,6 +497,7 @@ class ContinualLora:
         self.method.merged = self.method.current.clone()
         with torch.no_grad(), self.replicas.same_randomness(self._device):
             self.method.after_task(1, None)
+        self._forget_learned()
         self.method.merged = Factors()
         self._share()
         sync_config(self.model, self.adapter)

@@ -140,10 +140,13 @@ class use_backend:
         global _backend
         if name not in _BACKENDS:
             raise ValueError(f"backend {name!r} is unknown; choose one of {', '.join(map(repr, _BACKENDS))}")
-        self._previous = _backend
+        self._name, self._previous = name, _backend
         _backend = name
 
     def __enter__(self) -> use_backend:
+        global _backend
+        if _backend != self._name:  # a block that is entered again
+            self._previous, _backend = _backend, self._name
         return self
 
     def __exit__(

@@ -158,7 +158,7 @@ def _checked_weight(B: Tensor, merged_B: Tensor | None, merge_weight: float | Te
     if not isinstance(merge_weight, Tensor):
         if not torch.compiler.is_compiling():
             merge_weight = finite(merge_weight, "merge_weight")
-        return torch.tensor(merge_weight, dtype=torch.float64)
+        return torch.tensor(merge_weight, dtype=torch.float64, device="cpu")
     if merge_weight.dim() != 0:
         raise ValueError(f"merge_weight has shape {list(merge_weight.shape)}; it must be a float or a 0-d tensor")
     if not merge_weight.dtype.is_floating_point:

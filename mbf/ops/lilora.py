@@ -324,4 +324,4 @@ def _number(name: str, value: float | Tensor, like: Tensor) -> Tensor:
         return value
     if torch.compiler.is_compiling():
         return like.new_ones((), dtype=torch.promote_types(like.dtype, torch.float32)) * value
-    return torch.tensor(finite(value, name), dtype=torch.float64)
+    return torch.tensor(finite(value, name), dtype=torch.float64, device="cpu")

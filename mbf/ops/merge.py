@@ -157,7 +157,7 @@ def weight_tensor(weight: float | Tensor) -> Tensor:
         return weight.detach().to(torch.float64)
     if not torch.compiler.is_compiling():
         weight = finite(weight, "weight")
-    return torch.full((), weight, dtype=torch.float64)
+    return torch.full((), weight, dtype=torch.float64, device="cpu")
 
 
 def check_pairs(

@@ -86,7 +86,7 @@ def adapter_reason(layer: Any, adapter: str, resting: bool = False) -> str | Non
     if isinstance(scale, Tensor):
         if scale.dim() != 0 or not scale.is_floating_point():
             return f"the scaling of adapter {adapter!r} is a {scale.dim()}-d {scale.dtype} tensor, not a 0-d float one"
-    elif not (isinstance(scale, (float, int)) and math.isfinite(scale)):
+    elif not isinstance(scale, (float, int)) or not (torch.compiler.is_compiling() or math.isfinite(scale)):
         return f"the scaling of adapter {adapter!r} is {scale!r}, neither a finite number nor a 0-d tensor"
     return None
 

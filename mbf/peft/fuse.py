@@ -104,28 +104,45 @@ def unfuse(model: nn.Module) -> None:
 @contextmanager
 def fused(model: nn.Module, *, strict: bool = False, memory: Memory = "default") -> Iterator[FuseReport]:
     """``fuse`` for the length of a block; what was fused and grouped before it is so again after it."""
-    before = {id(layer): layer for layer in _fused_layers(model)}
+    before = [(layer, type(layer)) for layer in _fused_layers(model)]
     plain = [module for module in model.modules() if type(module) is nn.Linear]
-    tuners = [module for module in model.modules() if type(module) is LoraModel]
+    frozen = [module for module in model.modules() if type(module) is FrozenLinear]
+    tuners = [
+        (module, type(module), module.__dict__.get("_memory"))
+        for module in model.modules()
+        if type(module) in (LoraModel, FusedLoraModel)
+    ]
     around = [(module, type(module), module.__dict__.get("_recompute")) for module in _around(model).values()]
     report = fuse(model, strict=strict, memory=memory)
     try:
         yield report
     finally:
+        still = {id(module) for module in model.modules()}
+        known = {id(layer) for layer, _ in before}
         for layer in _fused_layers(model):
-            if id(layer) not in before:
+            if id(layer) not in known:
                 layer.release()
-        for tuner in tuners:
-            if type(tuner) is FusedLoraModel:
-                tuner.release()
+        for layer, kind in before:
+            if id(layer) in still:
+                layer.__class__ = kind
+                layer.__dict__.pop("_borrowed", None)
         for module in plain:
             if type(module) is FrozenLinear:
                 _thaw(module)
+        for module in frozen:
+            if is_fused(model):
+                module.__class__ = FrozenLinear
+        for tuner, kind, kept in tuners:
+            _restore(tuner, kind if is_fused(tuner) else LoraModel, "_memory", kept)
         for outer, kind, recompute in around:
-            outer.__class__ = kind
-            outer.__dict__.pop("_recompute", None)
-            if recompute is not None:
-                outer.__dict__["_recompute"] = recompute
+            _restore(outer, kind if is_fused(outer) else plain_class(outer), "_recompute", recompute)
+
+
+def _restore(module: nn.Module, kind: type[nn.Module], name: str, value: Any) -> None:
+    module.__class__ = kind
+    module.__dict__.pop(name, None)
+    if value is not None:
+        module.__dict__[name] = value
 
 
 class FusedLoraModel(LoraModel):
@@ -146,13 +163,15 @@ class FusedLoraModel(LoraModel):
 
     def merge_and_unload(self, *args: Any, **kwargs: Any) -> Any:
         """As ``LoraModel.merge_and_unload``, without a class of mbf in what is left."""
+        base = LoraModel.merge_and_unload(self, *args, **kwargs)
         unfuse(self)
-        return LoraModel.merge_and_unload(self, *args, **kwargs)
+        return base
 
     def unload(self) -> Any:
         """As ``LoraModel.unload``, without a class of mbf in what is left."""
+        base = LoraModel.unload(self)
         unfuse(self)
-        return LoraModel.unload(self)
+        return base
 
     def release(self) -> None:
         """Be PEFT's ``LoraModel`` again."""

@@ -117,7 +117,8 @@ def storages(model):
     """The size of all memory that tensors lie in, by its address, without the model's parameters."""
     own = {p.untyped_storage().data_ptr() for p in model.parameters()}
     tensors = [o for o in gc.get_objects() if type(o) in (torch.Tensor, torch.nn.Parameter)]
-    parts = {t.untyped_storage().data_ptr(): t.untyped_storage().nbytes() for t in tensors if t.device.type == "cpu"}
+    here = [t.untyped_storage() for t in tensors if t.device.type == "cpu" and t.layout is torch.strided]
+    parts = {storage.data_ptr(): storage.nbytes() for storage in here}
     return {start: size for start, size in parts.items() if start not in own}
 
 

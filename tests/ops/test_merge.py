@@ -13,6 +13,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from mbf.ops import native_status, use_backend
+from mbf.ops._library import reference_only
 from mbf.ops.merge import merge_, merge_ref_
 
 DTYPES = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
@@ -298,3 +299,18 @@ def test_reference_reads_as_the_formula():
     expected = M[0] + 0.2 * (F[0] - M[0])
     merge_ref_(M, F, torch.tensor(0.2, dtype=torch.float64))
     torch.testing.assert_close(M[0], expected)
+
+
+def test_a_default_device_is_not_that_of_the_weight():
+    merged, finetuned = [torch.zeros(3)], [torch.ones(3)]
+    with torch.device("meta"):
+        merge_(merged, finetuned, 0.5)
+    assert torch.equal(merged[0], torch.full((3,), 0.5))
+
+
+def test_a_backend_s_block_can_be_entered_again():
+    block = use_backend("reference")
+    for _ in range(2):
+        with block:
+            assert reference_only()
+        assert not reference_only()

@@ -150,6 +150,42 @@ def test_context_restores_exactly_what_it_swapped() -> None:
     assert kinds(model) == before
 
 
+def test_context_within_a_fused_model_leaves_it_as_it_was() -> None:
+    model, ids = llama(), tokens()
+    fuse(model)
+    before = [type(module) for module in model.modules()]
+    stock = model(input_ids=ids).logits
+    for inside in (lambda: None, lambda: unfuse(model)):
+        with fused(model, memory="low"):
+            inside()
+        assert [type(module) for module in model.modules()] == before
+        with took("fast", 14):
+            torch.testing.assert_close(model(input_ids=ids).logits, stock)
+    model.add_adapter("second", LoraConfig(r=2, target_modules=["lm_head"]))  # which groups anew
+    assert not any(module.__dict__.get("_recompute", False) for module in model.modules())
+
+
+def test_context_around_a_merge_leaves_no_class_in_the_base() -> None:
+    model = llama()
+    fuse(model)
+    with fused(model):
+        base = model.merge_and_unload()
+    assert not any("mixin" in vars(type(m)) or type(m).__module__.startswith("mbf") for m in base.modules())
+
+
+def test_a_merge_that_raises_leaves_the_model_fused() -> None:
+    model, ids = llama(), tokens()
+    fuse(model)
+    with torch.no_grad():
+        model.base_model.model.model.layers[0].self_attn.q_proj.lora_B["default"].weight[0, 0] = torch.nan
+    before = [type(module) for module in model.modules()]
+    with pytest.raises(ValueError, match="NaN"):
+        model.merge_and_unload(safe_merge=True)
+    assert [type(module) for module in model.modules()] == before
+    with took("fast", 14):
+        model(input_ids=ids)
+
+
 # -- everything else stays PEFT's --------------------------------------------------------------------------------------
 
 

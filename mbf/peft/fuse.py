@@ -129,9 +129,8 @@ def fused(model: nn.Module, *, strict: bool = False, memory: Memory = "default")
         for module in plain:
             if type(module) is FrozenLinear:
                 _thaw(module)
-        for module in frozen:
-            if is_fused(model):
-                module.__class__ = FrozenLinear
+        for module in frozen if is_fused(model) else ():
+            module.__class__ = FrozenLinear
         for tuner, kind, kept in tuners:
             _restore(tuner, kind if is_fused(tuner) else LoraModel, "_memory", kept)
         for outer, kind, recompute in around:

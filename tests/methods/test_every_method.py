@@ -168,5 +168,5 @@ def test_without_a_task_label_inference_depends_on_the_input_alone(name):
 
 def test_methods_with_parameters_of_their_own_are_named_where_the_best_checkpoint_is_loaded():
     page = (Path(__file__).parents[2] / "docs/training.md").read_text(encoding="utf-8")
-    named = re.findall(r"`(\w+)`", page.split("<!-- learns -->")[1].split("<!-- end -->")[0])
+    named = re.findall(r"`(\w+)`", page.split("leave this off with")[1].split(", and with")[0])
     assert named == [name for name in methods.available() if methods.get(name).learns]

@@ -15,7 +15,7 @@ from mbf.kernels._configs import Config
 from mbf.kernels._launch import cdiv, launch, spans
 from mbf.kernels._operands import padded, precision, weight_argument
 from mbf.kernels._tiles import effective_B, inside, joined, offsets, product
-from mbf.kernels._tune import config_for, programs_for
+from mbf.kernels._tune import config_for, launched, programs_for
 from torch import Tensor
 
 
@@ -100,4 +100,4 @@ def accumulate(y: Tensor, out: Tensor, z: Tensor, branch: Any, more: Tensor | No
     config = config_for(
         "accumulate", padded(rank), B, y.dtype, (height, width), form, lambda one: run(one, torch.empty_like(y))
     )
-    run(config, out)
+    launched(config, lambda one: run(one, out))

@@ -265,3 +265,14 @@ def neighbours(config: Config) -> list[Config]:
     found += [config._replace(rows=config.rows * 2), config._replace(rows=config.rows // 2)]
     found += [config._replace(columns=config.columns // 2), config._replace(warps=12 - config.warps)]
     return [one for one in found if one.stages > 0 and one.rows >= 16 and one.columns >= 16]
+
+
+def smaller(config: Config) -> Config | None:
+    """The configuration to take where this one needs more than a GPU has; None if it is the smallest."""
+    if config.stages > 1:
+        return config._replace(stages=config.stages - 1)
+    if max(config.rows, config.columns) <= 16:
+        return None
+    if config.rows > config.columns:
+        return config._replace(rows=config.rows // 2)
+    return config._replace(columns=config.columns // 2)

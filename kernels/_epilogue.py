@@ -15,7 +15,7 @@ from mbf.kernels._configs import Config
 from mbf.kernels._launch import cdiv, launch
 from mbf.kernels._operands import Dropout, matrix, padded, precision, weight_argument
 from mbf.kernels._tiles import effective_B, inside, offsets, product
-from mbf.kernels._tune import config_for
+from mbf.kernels._tune import config_for, launched
 from mbf.kernels.philox import kept
 from torch import Tensor
 
@@ -166,4 +166,4 @@ def _product(
         )
 
     form = (is_forward, bias is not None, merged, dropout.on)
-    run(config_for("epilogue", padded(rank), right, x.dtype, (height, width, depth), form, run))
+    launched(config_for("epilogue", padded(rank), right, x.dtype, (height, width, depth), form, run), run)

@@ -17,7 +17,7 @@ from mbf.kernels._launch import cdiv, launch, spans
 from mbf.kernels._operands import Dropout, filled, matrix, padded, parts_dtype, precision, together
 from mbf.kernels._reduce import LEAST_ROWS, reduced
 from mbf.kernels._tiles import inside, offsets, product
-from mbf.kernels._tune import config_for, programs_for
+from mbf.kernels._tune import config_for, launched, programs_for
 from mbf.kernels.philox import kept
 from torch import Tensor
 
@@ -212,7 +212,7 @@ def _input_gradients(
         (len(alike), x is None, dx is None, add, Dropout.of(alike[0]).on),
         lambda one: run(one, None if dx is None else torch.empty_like(dx)),
     )
-    sums = run(config, dx)
+    sums = launched(config, lambda one: run(one, dx))
     if x is None:
         return [None] * len(alike)
     factor = Dropout.of(alike[0]).factor

@@ -29,7 +29,7 @@ from mbf.kernels._operands import (
 from mbf.kernels._project import ROUTED, mixed, route
 from mbf.kernels._reduce import LEAST_ROWS, reduced, reduced_B
 from mbf.kernels._tiles import effective_B, inside, joined, offsets, product
-from mbf.kernels._tune import config_for, programs_for
+from mbf.kernels._tune import config_for, launched, programs_for
 from torch import Tensor
 from torch.nn import functional as F
 
@@ -194,7 +194,7 @@ def output_sums(
     if more is not None:  # two matrices take more registers than one: the tile of twice the ranks
         ranks = min(2 * ranks, most_rank(B.dtype))
     form = (need_z, need_B, branch.merged_B is not None, more is not None)
-    return run(config_for("output_gradient", ranks, B, dy.dtype, tuple(dy.shape), form, run))
+    return launched(config_for("output_gradient", ranks, B, dy.dtype, tuple(dy.shape), form, run), run)
 
 
 def parted(of_parts: Tensor, first: int, rank: int) -> list[Tensor]:

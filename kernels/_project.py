@@ -28,7 +28,7 @@ from mbf.kernels._operands import (
 )
 from mbf.kernels._reduce import reduced
 from mbf.kernels._tiles import inside, offsets, product
-from mbf.kernels._tune import config_for, programs_for
+from mbf.kernels._tune import config_for, launched, programs_for
 from mbf.kernels.philox import kept
 from torch import Tensor
 from torch.nn import functional as F
@@ -200,7 +200,7 @@ def _project(x: Tensor, alike: Sequence[Any]) -> list[Tensor]:
 
     name = "project" if len(alike) == 1 else "project_group"
     form = (len(alike), Dropout.of(alike[0]).on)
-    sums = run(config_for(name, padded(rank), factors[0], x.dtype, (height, width), form, run))
+    sums = launched(config_for(name, padded(rank), factors[0], x.dtype, (height, width), form, run), run)
     return hs if sums is hs else [reduced(of_parts, h, 1.0, rank) for of_parts, h in zip(sums, hs, strict=True)]
 
 

@@ -21,10 +21,11 @@ from typing import Any, TypeVar
 
 import torch
 import triton
-from mbf.kernels._configs import Config, family, multiprocessors, neighbours, programs, shipped
+from mbf.kernels._configs import Config, family, multiprocessors, neighbours, programs, shipped, smaller
 from mbf.kernels._launch import eager
 
 Choice = TypeVar("Choice")
+Result = TypeVar("Result")
 _known: dict[Path | None, dict[str, Any]] = {}  # the answers, by the file that they are kept in
 _forced: ContextVar[dict[str, Any] | None] = ContextVar("mbf_kernels_forced", default=None)
 
@@ -67,6 +68,21 @@ def config_for(
         return default
     key = _key(kernel, like.dtype, dtype, ranks, *size, *map(str, form))
     return Config(*best(key, like.device, [default, *neighbours(default)], trial))
+
+
+def launched(config: Config, run: Callable[[Config], Result]) -> Result:
+    """``run(config)`` or, on a GPU that has not the room for it, of the first smaller configuration that fits.
+
+    Triton refuses a binary before it is launched, so what failed has had no effect.
+    """
+    while True:
+        try:
+            return run(config)
+        except triton.runtime.errors.OutOfResources:
+            less = smaller(config)
+            if less is None:
+                raise
+            config = less
 
 
 def family_for(device: torch.device) -> str:

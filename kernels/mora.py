@@ -11,7 +11,7 @@ from mbf.kernels._launch import cdiv, interpreted, launch, spans
 from mbf.kernels._operands import DTYPES, Dropout, matrix, precision
 from mbf.kernels._reduce import reduced
 from mbf.kernels._square import square_gradient_kernel, square_input_gradient_kernel, square_kernel
-from mbf.kernels._tune import config_for, programs_for
+from mbf.kernels._tune import config_for, launched, programs_for
 from torch import Tensor
 
 LEAST_STEPS = 8  # of a part of dM's sum
@@ -129,7 +129,8 @@ def forward(y: Tensor, x: Tensor, terms: Any, cos: Tensor, sin: Tensor) -> Any:
         return out
 
     out = torch.empty_like(y)
-    return run(_config("square", terms, shape, rows.dtype, lambda one: run(one, torch.empty_like(y))), out)
+    config = _config("square", terms, shape, rows.dtype, lambda one: run(one, torch.empty_like(y)))
+    return launched(config, lambda one: run(one, out))
 
 
 def backward(
@@ -178,7 +179,8 @@ def _input_gradient(dy: Tensor, terms: Any, shape: Shape, cos: Tensor, sin: Tens
                 **_common(config),
             )
 
-    run(_config("square_input_gradient", terms, shape, dy.dtype, lambda one: run(one, torch.empty_like(dx))), dx)
+    config = _config("square_input_gradient", terms, shape, dy.dtype, lambda one: run(one, torch.empty_like(dx)))
+    launched(config, lambda one: run(one, dx))
     return dx
 
 
@@ -205,5 +207,5 @@ def _gradient(dy: Tensor, x: Tensor, terms: Any, shape: Shape, cos: Tensor, sin:
         )
         return sums
 
-    sums = run(_config("square_gradient", terms, shape, dy.dtype, run))
+    sums = launched(_config("square_gradient", terms, shape, dy.dtype, run), run)
     return reduced(sums, torch.empty((q, q), dtype=terms.M.dtype, device=dy.device), terms.scale * dropout.factor)

@@ -46,6 +46,18 @@ def check_task_name(name: str, argument: str = "name") -> None:
         )
 
 
+def check_steps(steps: int | None) -> None:
+    if steps is None:
+        return
+    if isinstance(steps, bool) or not isinstance(steps, int):
+        raise TypeError(
+            f"steps: found {steps!r} of type {type(steps).__name__}, wanted the number of optimiser steps of the task, "
+            "an int, or None"
+        )
+    if steps < 1:
+        raise ValueError(f"steps: found {steps}, wanted the number of optimiser steps of the task, 1 or more, or None")
+
+
 def check_weight(weight: float | Tensor | None) -> None:
     """Raise TypeError or ValueError unless ``weight`` can be a λ of ``merged_view``."""
     if isinstance(weight, Tensor):

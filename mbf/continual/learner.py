@@ -28,6 +28,7 @@ from mbf.continual.checks import (
     check_name,
     check_same,
     check_step,
+    check_steps,
     check_task_name,
     check_weight,
 )
@@ -168,14 +169,14 @@ class ContinualLora:
     # -- a task --------------------------------------------------------------------------------------------------------
 
     @contextmanager
-    def task(self, name: str, data: Batches | None = None) -> Iterator[ContinualLora]:
+    def task(self, name: str, data: Batches | None = None, steps: int | None = None) -> Iterator[ContinualLora]:
         """Learn a task inside the block: begin, train, end. An exception undoes the task and passes on.
 
         Args:
             name: what the task is called in history and errors.
-            data: batches of the task, as for ``begin_task``.
+            data, steps: as for ``begin_task``.
         """
-        self.begin_task(name, data)
+        self.begin_task(name, data, steps)
         try:
             yield self
         except BaseException as error:
@@ -189,22 +190,25 @@ class ContinualLora:
             raise
         self.end_task()
 
-    def begin_task(self, name: str, data: Batches | None = None) -> None:
+    def begin_task(self, name: str, data: Batches | None = None, steps: int | None = None) -> None:
         """Write the task's starting LoRA into the adapter. Build the optimiser after this: parameters may be replaced.
 
         Args:
             name: what the task is called in history and errors.
             data: batches of the task, for methods that take statistics of it, before it and at its end; others ignore
                 it. A list, a DataLoader or the like, which can be gone through more than once.
+            steps: optimiser steps that the training will take, for methods with a schedule (``codyra``).
 
         Raises:
             TaskError: a task is in progress, the adapter is inactive or merged into W, the method needs ``data`` that
                 is missing or an iterator, or does what parameters sharded by FSDP2 cannot.
-            TypeError: the name is no string.
+            TypeError: the name is no string, or ``steps`` no integer.
+            ValueError: ``steps`` is less than 1, or the method needs them and can't take them from ``data``.
         """
         i = len(self.history) + 1
         reshard(self.model)
         check_can_begin(self, name, i, data)
+        check_steps(steps)
         unpack(self.model)
         self.method.route(None)
         self._share()
@@ -221,6 +225,7 @@ class ContinualLora:
         )
         try:
             with self.replicas.same_randomness(self._device):
+                self.method.steps = steps
                 self.method.before_task(i, data)
                 with torch.no_grad():
                     self.method.init_adapter(i)

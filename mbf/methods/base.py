@@ -140,6 +140,7 @@ class Method:
         merged: the merged LoRA as it was when the current task began (what a roll-back restores); empty between tasks.
         terms: the route in force, if any.
         learned: the parameters of its own in the task in progress, by name; empty between tasks.
+        steps: optimiser steps that the task in progress is to take, where ``begin_task`` was told; set by the learner.
         total: the sum of a tensor over the processes that train together, each of which must call it; set by the
             learner. For what a method counts in the rows of its own process.
         state: what outlives a task, by name: Factors, tensors, lists of them, numbers. Replaced, never changed in
@@ -166,6 +167,7 @@ class Method:
         self.merged = Factors()
         self.terms: Callable[[Layer], BranchTerms] | None = None
         self.learned: dict[str, list[torch.nn.Parameter]] = {}
+        self.steps: int | None = None
         self.total: Callable[[Tensor], Tensor] = _alone
         self.state: State = {}
         self._places: dict[str, int] = {}

@@ -13,16 +13,15 @@ after which the ranks with g_j = 0 are dropped and W += B diag(g) A. The step of
 the learning rate times κ, as in the code. It acts on g alone: Adam's momenta go on as if nothing had happened, so an
 entry at zero may come back by a step longer than κ, and is cut again while its steps are shorter than 2 κ.
 
-Ours: how many steps a task has is not known to a method; it is ``steps``, or else the number of batches in the task's
-data times ``epochs``. A gate carries g / s, so that alpha does not scale (``scaled`` lets it). A layer that has lost
-every rank adds nothing to the sum.
+Ours: how many steps a task has is not known to a method; it is the option ``steps``, or what ``begin_task`` was told, or
+else the number of batches in the task's data times ``epochs``. A gate carries g / s, so that alpha does not scale
+(``scaled`` lets it). A layer that has lost every rank adds nothing to the sum.
 """
 
 from __future__ import annotations
 
 import math
 from collections.abc import Sized
-from typing import Any
 
 import torch
 from pydantic import Field
@@ -38,8 +37,8 @@ class CodyraOptions(Options):
     levels: int = Field(50, ge=1, description="steps in which κ grows")
     dense_share: float = Field(0.5, ge=0, le=1, description="share of a task's steps before the first of them")
     hard_cut: bool = Field(True, description="set what is below κ after the soft threshold to zero")
-    steps: int | None = Field(None, ge=1, description="optimiser steps of a task; none: batches of its data × epochs")
-    epochs: int = Field(1, ge=1, description="passes over the data, where steps is none")
+    steps: int | None = Field(None, ge=1, description="optimiser steps of a task; none: as begin_task is told")
+    epochs: int = Field(1, ge=1, description="passes over the data, where nothing tells the steps")
     scaled: bool = Field(False, description="let s = alpha / r scale dW, which the paper does not")
 
 
@@ -68,17 +67,14 @@ class Codyra(Summed):
     merges_alone = False
     into_weight = True
 
-    def __init__(self, **options: Any) -> None:
-        super().__init__(**options)
-        self.needs_data = self.options.steps is None
-
     def before_task(self, i: int, data: Batches | None) -> None:
-        steps = self.options.steps
+        steps = self.options.steps or self.steps
         if steps is None:
             if not isinstance(data, Sized):
+                found = "none" if data is None else f"a {type(data).__name__}, which has no length"
                 raise ValueError(
-                    "codyra needs the number of a task's steps, and its data has no length; pass a list or a "
-                    "DataLoader, or the option steps"
+                    "codyra needs the number of a task's optimiser steps: found no steps, and as data "
+                    f"{found}; call task(name, steps=...), or pass a list or a DataLoader as data"
                 )
             steps = len(data) * self.options.epochs
         self.state = {**self.state, "steps": steps}

@@ -165,11 +165,12 @@ class Cell:
         name, members = self.rounds[number - 1]
         train, progress = self.config.train, self.bench.progress
         examples = [e for task in members for e in self.bench.encoder.examples(self.bench.stream.tasks[task].train)]
-        progress.task_started(self.key.name, name, number, len(self.rounds), steps_of(len(examples), train))
+        steps = steps_of(len(examples), train)
+        progress.task_started(self.key.name, name, number, len(self.rounds), steps)
         checkpoint = self.processes.on_main(lambda: newest(self.directory.train(number)))
         seed = self.key.task_seed(number)
         set_seed(seed)
-        with learner.task(name, self._batches(examples)):
+        with learner.task(name, self._batches(examples), steps):
             if checkpoint is not None:
                 progress.message(f"{name}: goes on after step {checkpoint.step}")
                 learner.continue_task(checkpoint.method_state(), checkpoint.step)

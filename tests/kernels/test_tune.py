@@ -8,13 +8,27 @@ from typing import Any
 import pytest
 import torch
 from mbf.kernels import _tune
-from mbf.kernels._configs import FAMILIES, Config, multiprocessors, neighbours, of_capability, programs, shipped
+from mbf.kernels._configs import (
+    FAMILIES,
+    Config,
+    multiprocessors,
+    neighbours,
+    of_capability,
+    programs,
+    shipped,
+    smaller,
+)
 from mbf.kernels._launch import recorded, spans, tracing
 from mbf.kernels._operands import at_once, most_rank, padded, together
 from mbf.kernels._project import project
 from mbf.kernels._specimens import Terms
+from triton.runtime.errors import OutOfResources
+from triton.runtime.interpreter import InterpretedFunction
 
+from mbf.ops import lora_linear, lora_linear_ref
 from mbf.ops._operands import prepare
+from tests.ops import test_mora
+from tests.ops.lora_cases import SEED, check_error_rule, operands
 
 CPU = torch.device("cpu")
 
@@ -189,3 +203,58 @@ def test_parts_cover_the_axis(size: int, block: int, others: int) -> None:
     assert parts == 1 or (parts * others <= 132 and span >= 256)
     with tracing():
         assert spans(size, block, others, 132, 256) == (span, parts)
+
+
+def test_what_has_no_room_is_made_smaller_until_it_fits_or_is_the_smallest() -> None:
+    tried: list[Config] = []
+
+    def run(config: Config) -> str:
+        tried.append(config)
+        if config.rows * config.columns > 16 * 32:
+            raise OutOfResources(98304, 65536, "shared memory")
+        return "done"
+
+    assert _tune.launched(Config(64, 32, 4, 2), run) == "done"
+    assert [tuple(one) for one in tried] == [(64, 32, 4, 2), (64, 32, 4, 1), (32, 32, 4, 1), (32, 16, 4, 1)]
+    config, least = Config(128, 512, 8, 3), None
+    while config is not None:
+        least, config = config, smaller(config)
+    assert least == Config(16, 16, 8, 1)
+
+
+def no_room(*_: object) -> None:
+    raise OutOfResources(98304, 65536, "shared memory")
+
+
+def test_the_smallest_that_has_no_room_is_an_error() -> None:
+    with pytest.raises(OutOfResources, match="Required: 98304"):
+        _tune.launched(Config(32, 32), no_room)
+
+
+@pytest.fixture
+def little_room(monkeypatch: pytest.MonkeyPatch, on_triton: list[str]) -> list[str]:
+    """Refuse, before they run, launches that are pipelined or whose tiles are not the smallest; yields what ran."""
+    run = InterpretedFunction.run
+
+    def refuse(self: Any, *args: Any, **kwargs: Any) -> Any:
+        across = kwargs.get("PAIRS", kwargs.get("COLUMNS"))
+        if across is not None and (kwargs["num_stages"] > 1 or kwargs["ROWS"] * across > 256):
+            no_room()
+        return run(self, *args, **kwargs)
+
+    monkeypatch.setattr(InterpretedFunction, "run", refuse)
+    return on_triton
+
+
+@pytest.mark.parametrize("form", ["plain", "everything"])
+def test_a_gpu_of_little_room_computes_with_smaller_tiles(little_room: list[str], form: str) -> None:
+    case = operands(form, (2, 20), 70, 50, 12, torch.bfloat16)
+    check_error_rule(lora_linear, lora_linear_ref, case, scale=1.7, dropout_p=0.3, seed=SEED)
+    assert {"project", "accumulate", "output_gradient", "input_gradient"} <= set(little_room)
+
+
+@pytest.mark.parametrize("kind", test_mora.KINDS)
+def test_so_do_the_square_kernels(little_room: list[str], kind: int) -> None:
+    case = test_mora.case_of((2, 9), 41, 50, 24, *test_mora.DTYPES["fp32"])
+    test_mora.check_error_rule(case, kind=kind, scale=1.7, dropout_p=0.3, seed=SEED)
+    assert {"square", "square_input_gradient", "square_gradient"} <= set(little_room)

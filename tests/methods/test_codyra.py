@@ -114,11 +114,31 @@ def test_v_the_gradient_of_g_is_the_diagonal_of_h_and_Bt_dy(i):
 
 def test_the_steps_of_a_task_are_its_batches():
     rule = method("codyra", epochs=3)
-    assert rule.needs_data and not method("codyra", steps=5).needs_data
     rule.before_task(1, data(1, batches=7))
     assert rule.state["steps"] == 21
-    with pytest.raises(ValueError, match=r"its data has no length; pass a list or a DataLoader, or the option steps"):
+    with pytest.raises(ValueError, match=r"found no steps, and as data a list_iterator, which has no length; call task"):
         rule.before_task(1, iter(data(1)))
+    with pytest.raises(ValueError, match=r"found no steps, and as data none; call task\(name, steps=...\), or pass a"):
+        rule.before_task(1, None)
+
+
+@pytest.mark.parametrize(("option", "wanted"), [(None, 5), (3, 3)])
+def test_the_steps_of_a_task_are_those_that_it_is_told(option, wanted):
+    learner = mbf.ContinualLora(peft_model(), "codyra", steps=option, epochs=7)
+    with learner.task("a", batches(1), steps=5):
+        assert learner.method.state["steps"] == wanted
+        train(learner.model, 1, steps=2)
+    with learner.task("b", batches(2)):
+        assert learner.method.state["steps"] == (option or 7 * len(batches(2)))
+        train(learner.model, 2, steps=2)
+
+
+@pytest.mark.parametrize(("steps", "error"), [(0, ValueError), (2.0, TypeError), (True, TypeError)])
+def test_steps_that_are_none_are_refused_before_anything_changes(steps, error):
+    learner = mbf.ContinualLora(peft_model(), "codyra")
+    with pytest.raises(error, match=rf"steps: found {steps}.*wanted the number of optimiser steps of the task"):
+        learner.begin_task("a", batches(1), steps)
+    assert not learner.in_task
 
 
 def test_training_prunes_and_the_adapter_holds_what_is_left():

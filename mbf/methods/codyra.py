@@ -13,8 +13,8 @@ after which the ranks with g_j = 0 are dropped and W += B diag(g) A. The step of
 the learning rate times κ, as in the code. It acts on g alone: Adam's momenta go on as if nothing had happened, so an
 entry at zero may come back by a step longer than κ, and is cut again while its steps are shorter than 2 κ.
 
-Ours: how many steps a task has is not known to a method; it is the option ``steps``, or what ``begin_task`` was told, or
-else the number of batches in the task's data times ``epochs``. A gate carries g / s, so that alpha does not scale
+Ours: how many steps a task has is not known to a method; it is the option ``steps``, or what ``begin_task`` was told,
+or else the number of batches in the task's data times ``epochs``. A gate carries g / s, so that alpha does not scale
 (``scaled`` lets it). A layer that has lost every rank adds nothing to the sum.
 """
 

@@ -116,7 +116,7 @@ def test_the_steps_of_a_task_are_its_batches():
     rule = method("codyra", epochs=3)
     rule.before_task(1, data(1, batches=7))
     assert rule.state["steps"] == 21
-    with pytest.raises(ValueError, match=r"found no steps, and as data a list_iterator, which has no length; call task"):
+    with pytest.raises(ValueError, match=r"found no steps, and as data a list_iterator, which has no length; call"):
         rule.before_task(1, iter(data(1)))
     with pytest.raises(ValueError, match=r"found no steps, and as data none; call task\(name, steps=...\), or pass a"):
         rule.before_task(1, None)

@@ -152,6 +152,19 @@ def test_evaluating_only_what_was_seen(config) -> None:
 
 
 @pytest.mark.usefixtures("no_report")
+def test_a_method_is_told_how_many_optimiser_steps_a_task_has(
+    config, stream: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    told: list[int | None] = []
+    monkeypatch.setattr(Drifting, "before_task", lambda self, i, data: told.append(self.steps))
+    monkeypatch.setitem(base._METHODS, "drifting", Drifting)
+    progress = Recorder()
+    run(config(methods=["drifting"], train=tiny_settings(stream)["train"] | {"epochs": 2}), progress)
+    assert told == [steps for *_, steps in progress.of("task")] == [6, 6, 6]
+    assert [step for step, _ in progress.of("step")] == 3 * [1, 2, 3, 4, 5, 6]
+
+
+@pytest.mark.usefixtures("no_report")
 def test_the_same_seed_gives_the_same_bits(config, finished: Finished, tmp_path: Path) -> None:
     """Even when another method ran before in the process, and whether or not it ran."""
     (again,) = run(config(methods=["seqlora"]))

@@ -22,10 +22,6 @@ Tensor frozen_linear(Tensor x, Tensor weight, MaybeTensor bias) {
   check_matrix({"frozen_linear", "weight"}, weight, -1, x.size(-1));
   check_type({"frozen_linear", "weight"}, weight, x.scalar_type());
   if (bias) check_bias("frozen_linear", *bias, weight);
-  if (x.dim() == 1) {
-    const Tensor y = frozen_linear(torch::stable::view(x, {1, x.size(0)}), weight, bias);
-    return torch::stable::view(y, {weight.size(0)});
-  }
   return forward(x, {without_branch(weight, bias)}).ys[0];
 }
 
@@ -33,10 +29,6 @@ Tensor frozen_linear_backward(Tensor dy, Tensor weight) {
   check_rows({"frozen_linear_backward", "dy"}, dy, -1);
   check_matrix({"frozen_linear_backward", "weight"}, weight, dy.size(-1), -1);
   check_type({"frozen_linear_backward", "weight"}, weight, dy.scalar_type());
-  if (dy.dim() == 1) {
-    return torch::stable::view(frozen_linear_backward(torch::stable::view(dy, {1, dy.size(0)}), weight),
-                               {weight.size(1)});
-  }
   const Layer layer = without_branch(weight, std::nullopt);
   std::vector<int64_t> shape = shape_of(dy);
   shape.back() = 0;

@@ -439,6 +439,7 @@ REFUSED: list[tuple[str, tuple[Any, ...], str]] = [
     ("merge_", ([x.clone()], [x], fp64.float()), r"weight is Float \[\]"),
     ("merge_", ([x.int()], [x], fp64), r"merged\[0\] is Int"),
     ("merge_", ([x[:1].expand(4, 6)], [x], fp64), r"merged\[0\] is expanded"),
+    ("merge_", ([x.flatten().as_strided((4, 6), (2, 1))], [x], fp64), r"merged\[0\] is expanded"),
     ("merge_with_norms_", ([x.clone()], [], fp64), "finetuned has 0 entries; it must have 1"),
     ("empty_like_all", ([x, A.int()],), r"like\[1\] is Int"),
     ("orthonormal_rows", ([A.int()],), r"A\[0\] is Int"),

@@ -17,7 +17,7 @@ from mbf.ops._library import reference_only
 from mbf.ops.merge import merge_, merge_ref_
 
 DTYPES = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
-SHAPES = [(1,), (7,), (431, 3), (576, 8), (63, 12), (5, 1, 3), (), (0, 4)]
+SHAPES = [(1,), (7,), (431, 3), (576, 8), (63, 12), (5, 1, 3), (), (0, 4), (0, 1)]
 
 native = pytest.mark.skipif(not native_status().loaded, reason=f"mbf._C: {native_status().reason}")
 

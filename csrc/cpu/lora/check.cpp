@@ -1,5 +1,6 @@
 #include "check.h"
 
+#include <algorithm>
 #include <cmath>
 #include <sstream>
 #include <stdexcept>
@@ -88,10 +89,10 @@ void check_number(const Argument& argument, const Tensor& tensor) {
 }
 
 void check_writable(const Argument& argument, const Tensor& tensor) {
-  for (int64_t axis = 0; axis < tensor.dim(); ++axis) {
-    if (tensor.stride(axis) == 0 && tensor.size(axis) > 1) {
-      refuse(argument, "is expanded: several of its elements are one; it is written, so pass its clone()");
-    }
+  int64_t reach = 1;
+  for (int64_t axis = 0; axis < tensor.dim(); ++axis) reach += (tensor.size(axis) - 1) * tensor.stride(axis);
+  if (tensor.numel() > std::max<int64_t>(reach, 0)) {
+    refuse(argument, "is expanded: several of its elements are one; it is written, so pass its clone()");
   }
 }
 

@@ -46,17 +46,28 @@ def run(config: RunConfig, progress: Progress | None = None, *, sharded: bool = 
             it is there, and ``resume`` goes on, without the task if told ``on_bad_task="skip"``.
     """
     # late, as they bring torch and transformers, which take seconds to import
-    from mbf.run.processes import Processes
     from mbf.run.workbench import Workbench
 
-    here = Processes(sharded)
-    progress = (progress or LogProgress()) if here.main else Silent()
+    here, progress = _start(sharded, progress)
     root = here.on_main(lambda: config.output or default_output(config))
     here.on_main(lambda: check_free(root))
     bench = here.together(lambda: Workbench(config, progress, here))
     with _locked(root, here):
         facts = {"command": command_line(), "versions": versions(), "data": bench.data_hashes()}
         return _run_cells(here.on_main(lambda: RunDirectory.create(root, config, facts)), bench, progress)
+
+
+def _start(sharded: bool, progress: Progress | None) -> tuple[Processes, Progress]:
+    """The run's processes, and whom this one tells what happens."""
+    from mbf.run.processes import Processes
+
+    here = Processes(sharded)
+    if not here.main:
+        return here, Silent()
+    progress = progress or LogProgress()
+    if sharded and not here.sharded:
+        progress.message("sharded: there is one process, which holds the whole model; start more of them to split it")
+    return here, progress
 
 
 def command_line() -> str:
@@ -94,11 +105,9 @@ def resume(
     Raises:
         RunError: no run there, another process is at it, or its configuration or data changed.
     """
-    from mbf.run.processes import Processes
     from mbf.run.workbench import Workbench
 
-    here = Processes(sharded)
-    progress = (progress or LogProgress()) if here.main else Silent()
+    here, progress = _start(sharded, progress)
     root = Path(directory)
     found = here.on_main(lambda: _open_run(root, on_bad_task))
     with _locked(root, here):

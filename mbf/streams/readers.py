@@ -10,7 +10,7 @@ from mbf.streams.columns import read_columns
 from mbf.streams.prompts import instruction, question
 from mbf.streams.sapt import read_sapt
 from mbf.streams.spec import TaskSpec
-from mbf.streams.task import Content, Example, Row, Split, StreamError, Task, make_task, sample
+from mbf.streams.task import Content, Example, Row, Split, StreamError, Task, check_answers, make_task, sample
 
 logger = logging.getLogger(__name__)
 
@@ -41,13 +41,15 @@ def read_task(
         reason = f"{error.strerror}: {error.filename}"
         raise StreamError(f"task {spec.name!r} cannot be read ({reason}); name files that can") from None
     labels = _labels(spec, content)
+    rows = {
+        split: [_row(example, bool(labels), spec.noun) for example in examples]
+        for split, examples in content.splits.items()
+    }
+    check_answers(spec.name, rows, labels)  # of all rows: those that are drawn have other numbers
     limits: dict[Split, int | None] = {"train": train_rows, "validation": test_rows, "test": test_rows}
     return make_task(
         spec.name,
-        {
-            split: sample([_row(example, bool(labels), spec.noun) for example in examples], limits[split], seed)
-            for split, examples in content.splits.items()
-        },
+        {split: sample(examples, limits[split], seed) for split, examples in rows.items()},
         labels=labels,
         noun=spec.noun,
         metric=spec.metric,

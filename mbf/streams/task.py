@@ -121,7 +121,7 @@ def make_task(
     from datasets import Dataset, Features, List, Value
 
     rows = {split: list(splits.get(split, ())) for split in SPLITS}
-    _check_answers(name, rows, labels)
+    check_answers(name, rows, labels)
     _drop_leaks(name, rows)
     for split in ("train", "test"):
         if not rows[split]:
@@ -164,7 +164,8 @@ def check_orders(name: str, tasks: Sequence[str], orders: Mapping[int, Sequence[
             )
 
 
-def _check_answers(name: str, rows: Mapping[Split, list[Row]], labels: Sequence[str]) -> None:
+def check_answers(name: str, rows: Mapping[Split, Sequence[Row]], labels: Sequence[str]) -> None:
+    """Raise StreamError at the first row whose answer is empty or not among the labels, if there are labels."""
     known = set(labels)
     for split, examples in rows.items():
         for number, row in enumerate(examples, 1):

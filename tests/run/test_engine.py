@@ -222,6 +222,14 @@ def test_target_modules_and_trackers_are_taken_as_peft_and_the_trainer_take_them
             workbench.Workbench(made, LogProgress(), Processes())
 
 
+@pytest.mark.usefixtures("no_report")
+def test_a_model_that_one_process_cannot_split_is_said_to_be_whole(config) -> None:
+    progress = Recorder()
+    run(config(methods=["seqlora"]), progress, sharded=True)
+    said = "sharded: there is one process, which holds the whole model; start more of them to split it"
+    assert (said,) in progress.of("message")
+
+
 def test_a_run_is_not_started_over(config, finished: Finished) -> None:
     with pytest.raises(RunError, match="holds a run already"):
         run(config(output=finished.root))

@@ -223,6 +223,17 @@ def test_what_is_said_about_wrong_data(tmp_path: Path) -> None:
         load_one(cache, path=data)
 
 
+@pytest.mark.parametrize("rows", [1, 2, None])
+def test_a_wrong_row_has_its_number_in_the_data_however_few_are_drawn(tmp_path: Path, rows: int | None) -> None:
+    data = tmp_path / "data"
+    write(data / "train.jsonl", [*COLOURS, ("coal", "black"), *COLOURS])
+    write(data / "test.jsonl", [("grass", "green")])
+    stream = {"tasks": [{"name": "t", "path": data, "labels": ["green", "blue"]}]}
+    for seed in range(4):
+        with pytest.raises(StreamError, match=rf"split 'train', row {len(COLOURS) + 1}: label 'black' is not among"):
+            load_stream(stream, train_rows=rows, seed=seed, cache=tmp_path / "cache")
+
+
 def test_every_reference_of_a_classification_is_a_label(tmp_path: Path) -> None:
     rows = {"train": COLOURS, "test": [("moss", ["green", "Green."])]}
     write_sapt(tmp_path / "s" / "t", rows)

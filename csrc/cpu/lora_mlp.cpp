@@ -151,6 +151,8 @@ struct Mlp {
       }
     }
     if (in_one_call(type) && !must_widen(type)) return false;
+    // Layers alone would make some of the products by other loops, and the number of threads must not choose those.
+    if (made_together(type, rows, inner) || made_together(type, rows, outer)) return false;
     return grid(d_ff, d_in).row_chunks >= static_cast<int64_t>(torch::stable::get_num_threads());
   }
   Grid grid(int64_t columns, int64_t depth) const { return Grid(rows, columns, depth); }

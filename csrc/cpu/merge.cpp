@@ -28,13 +28,17 @@ namespace {
 
 constexpr int64_t kPiece = 32768;  // elements, for which a second thread is worth its wake-up
 
-// λ as the formula that is exact at its end: M + λ (F − M) near M, F + (λ − 1) (F − M) near F. As torch.lerp does.
+// λ as the formula that is exact at its end: M + λ (F − M) near M, F + (λ − 1) (F − M) near F, as torch.lerp does; and
+// M or F alone at the end itself, where F − M may be infinite or NaN.
 template <typename Compute>
 struct Lerp {
   explicit Lerp(double weight)
       : from_finetuned(!(weight < 0.5)), factor(static_cast<Compute>(from_finetuned ? weight - 1.0 : weight)) {}
 
-  Compute operator()(Compute m, Compute f) const { return std::fma(factor, f - m, from_finetuned ? f : m); }
+  Compute operator()(Compute m, Compute f) const {
+    const Compute base = from_finetuned ? f : m;
+    return factor == 0 ? base : std::fma(factor, f - m, base);
+  }
 
   bool from_finetuned;
   Compute factor;
@@ -110,7 +114,8 @@ MBF_AVX2 void merge_8(M* m, const F* f, const Lerp<float>& lerp, Into8& sums) {
   const __m256 old = load8(m);
   const __m256 target = load8(f);
   const __m256 step = _mm256_sub_ps(target, old);
-  store8(m, _mm256_fmadd_ps(_mm256_set1_ps(lerp.factor), step, lerp.from_finetuned ? target : old));
+  const __m256 base = lerp.from_finetuned ? target : old;
+  store8(m, lerp.factor == 0 ? base : _mm256_fmadd_ps(_mm256_set1_ps(lerp.factor), step, base));
   sums.add(target, step, load8(m));
 }
 

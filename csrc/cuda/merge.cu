@@ -45,13 +45,17 @@ enum class Action { kMerge, kMergeWithNorms, kReplace };
 __device__ __forceinline__ float fused(float a, float b, float c) { return __fmaf_rn(a, b, c); }
 __device__ __forceinline__ double fused(double a, double b, double c) { return __fma_rn(a, b, c); }
 
-// λ as the formula that is exact at its end: M + λ (F − M) near M, F + (λ − 1) (F − M) near F.
+// λ as the formula that is exact at its end: M + λ (F − M) near M, F + (λ − 1) (F − M) near F; and M or F alone at the
+// end itself, where F − M may be infinite or NaN.
 template <typename Compute>
 struct Lerp {
   __device__ explicit Lerp(double weight)
       : from_finetuned(!(weight < 0.5)), factor(static_cast<Compute>(from_finetuned ? weight - 1.0 : weight)) {}
 
-  __device__ Compute operator()(Compute m, Compute f) const { return fused(factor, f - m, from_finetuned ? f : m); }
+  __device__ Compute operator()(Compute m, Compute f) const {
+    const Compute base = from_finetuned ? f : m;
+    return factor == 0 ? base : fused(factor, f - m, base);
+  }
 
   bool from_finetuned;
   Compute factor;

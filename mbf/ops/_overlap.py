@@ -79,7 +79,20 @@ def _meet(one: Tensor, other: Tensor) -> bool:
     """Whether tensors whose spans overlap have a byte in common."""
     if one.is_contiguous() and other.is_contiguous():
         return True
+    if _beside(one, other):
+        return False
     return bool(torch.isin(_bytes(one), _bytes(other)).any())
+
+
+def _beside(one: Tensor, other: Tensor) -> bool:
+    """Whether both are columns of rows of one length, and have none in common."""
+    alike = one.dim() == other.dim() == 2 and one.stride(0) == other.stride(0) and one.dtype == other.dtype
+    if not alike or one.stride(1) != 1 or other.stride(1) != 1 or not one.stride(0):
+        return False
+    row = one.stride(0) * one.element_size()
+    place = (other.data_ptr() - one.data_ptr()) % row  # of the other's first column in one's rows
+    widths = [tensor.shape[1] * tensor.element_size() for tensor in (one, other)]
+    return widths[0] <= place and place + widths[1] <= row
 
 
 def _bytes(tensor: Tensor) -> Tensor:

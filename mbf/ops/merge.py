@@ -17,11 +17,13 @@ from mbf.ops._overlap import check_apart
 def merge_ref_(merged: Sequence[Tensor], finetuned: Sequence[Tensor], weight: Tensor) -> None:
     """``M ← M + λ (F − M)`` for every pair, in fp32 or wider, rounded once to M's dtype.
 
-    ``torch.lerp`` is that formula written so that λ = 0 and λ = 1 give M and F to the last bit.
+    ``torch.lerp`` is that formula written so that λ = 0 and λ = 1 give M and F to the last bit, where F − M is finite.
     """
     for M, F in zip(merged, finetuned, strict=True):
         compute = torch.promote_types(torch.promote_types(M.dtype, F.dtype), torch.float32)
-        M.copy_(torch.lerp(M.to(compute), F.to(compute), weight.to(compute)))
+        before, after = M.to(compute), F.to(compute)
+        between = torch.lerp(before, after, weight.to(compute))
+        M.copy_(torch.where(weight == 0, before, torch.where(weight == 1, after, between)))
 
 
 class MergeNorms(NamedTuple):

@@ -9,6 +9,7 @@ from __future__ import annotations
 import inspect
 import math
 from collections.abc import Callable
+from contextlib import nullcontext
 from typing import Any
 
 import pytest
@@ -286,6 +287,21 @@ def test_what_may_share_memory() -> None:
     flat = torch.zeros(24)
     ops.merge_([flat[0::2], flat[1::2]], [torch.ones(12), torch.full((12,), 2.0)], 1.0)
     assert flat[:4].tolist() == [1.0, 2.0, 1.0, 2.0]
+
+
+@pytest.mark.parametrize("backend", ["auto", "reference"])
+def test_blocks_of_columns_share_memory_where_an_element_is_in_both(backend: str) -> None:
+    """All pairs of two rows of columns of a matrix that is 5 wide, also of those that go on in the next row."""
+    flat = torch.zeros(25)
+    blocks = [(width, offset) for width in (1, 2, 4, 5) for offset in range(15)]
+    views = [flat.as_strided((2, width), (5, 1), offset) for width, offset in blocks]
+    elements = [{offset + 5 * row + n for row in (0, 1) for n in range(width)} for width, offset in blocks]
+    with ops.use_backend(backend):
+        for one, its in zip(views, elements, strict=True):
+            for other, others in zip(views, elements, strict=True):
+                pair = [one, other]
+                with pytest.raises(ValueError, match="memory") if its & others else nullcontext():
+                    ops.merge_(pair, [torch.zeros_like(view) for view in pair], 0.5)
 
 
 # -- no elements -------------------------------------------------------------------------------------------------------

@@ -493,6 +493,50 @@ def test_same_bits_for_every_number_of_threads(rows: int, d_in: int, d_out: int,
 
 
 @native
+@pytest.mark.parametrize("bias", [False, True])
+@pytest.mark.parametrize(
+    ("rows", "d_in", "d_out", "dtype"),
+    [
+        (1, 768, 768, torch.float32),
+        (1, 640, 2050, torch.float32),
+        (700, 513, 24, torch.float32),
+        (700, 24, 513, torch.float32),
+        (300, 512, 512, torch.float64),
+        (1, 768, 768, torch.float64),
+    ],
+)
+def test_more_threads_than_tiles_change_no_bit(
+    rows: int, d_in: int, d_out: int, dtype: torch.dtype, bias: bool
+) -> None:
+    case = operands("plain", (rows,), d_in, d_out, 8, dtype)
+    case |= {} if bias else {"bias": None}
+    case["weight"].requires_grad_(False)
+    dy = torch.randn(rows, d_out, dtype=dtype)
+    before, found = torch.get_num_threads(), []
+    try:
+        for threads in (1, 9, 16):
+            torch.set_num_threads(threads)
+            found.append(gradients(lora_linear, tracked(case), dy))
+    finally:
+        torch.set_num_threads(before)
+    wanted = found[0].keys() - {"weight", "bias"}
+    assert {"y", "x", "A", "B"} <= wanted
+    for other in found[1:]:
+        assert [name for name in wanted if not torch.equal(found[0][name], other[name])] == []
+
+
+@native
+@pytest.mark.skipif(not hasattr(torch, "_lazy_clone"), reason="this torch copies at once")
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16])
+def test_operands_that_are_copied_on_writing_are_read_as_they_are(dtype: torch.dtype) -> None:
+    case = operands("everything", (300,), 64, 48, 8, dtype)
+    lazy = {n: torch._lazy_clone(v) if isinstance(v, Tensor) else v for n, v in case.items()}
+    assert torch.equal(lora_linear(**lazy), lora_linear(**case))
+    shared = [n for n, v in lazy.items() if isinstance(v, Tensor) and torch._C._is_cow_tensor(v)]
+    assert {"x", "weight", "A", "B"} <= set(shared)
+
+
+@native
 def test_nothing_uninitialised_is_read() -> None:
     """Fresh memory is filled with NaN, in torch's allocations by its own switch."""
     case = operands("everything", (300,), 70, 90, 5, torch.float32)

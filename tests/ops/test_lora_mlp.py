@@ -359,3 +359,46 @@ def test_same_bits_by_chunks_and_by_layers(rows: int, d_in: int, d_ff: int, dtyp
         torch.set_num_threads(before)
     for other in found[1:]:
         assert [name for name in found[0] if not torch.equal(found[0][name], other[name])] == []
+
+
+@pytest.mark.skipif(not ops.native_status().loaded, reason=f"no extension: {ops.native_status().reason}")
+@pytest.mark.parametrize(
+    ("rows", "d_in", "d_ff", "down_r", "dtype", "base"),
+    [
+        (300, 64, 128, 300, torch.float32, torch.float32),
+        (300, 16, 64, 4, torch.float32, torch.float32),
+        (300, 16, 64, 4, torch.float32, torch.bfloat16),
+        (24, 63, 2049, 4, torch.float64, torch.float64),
+    ],
+)
+def test_same_bits_where_layers_are_made_by_other_loops(
+    rows: int, d_in: int, d_ff: int, down_r: int, dtype: torch.dtype, base: torch.dtype
+) -> None:
+    """Some of the layers are too narrow for mbf's own products, or of too high a rank; columns are no whole vectors."""
+    flat = mlp("plain", (rows,), d_in, d_ff, dtype, base, ranks=(12, 3, down_r))
+    before, found = torch.get_num_threads(), []
+    try:
+        for threads in (1, 2, 4):
+            torch.set_num_threads(threads)
+            found.append(results(lora_mlp, tracked(flat), gradient_of(flat)))
+    finally:
+        torch.set_num_threads(before)
+    for other in found[1:]:
+        assert [name for name in found[0] if not torch.equal(found[0][name], other[name])] == []
+
+
+@pytest.mark.parametrize("activation", ["silu", "gelu_tanh"])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+def test_gates_far_below_zero_close(activation: str, dtype: torch.dtype) -> None:
+    """One layer's worth: gate is x itself, up 1 and down the identity."""
+    x = torch.tensor([-3e38, -1e20, -1e5, -90.0, -88.5, -20.0, 0.0, 20.0, 1e5], dtype=dtype)[:, None].requires_grad_()
+    one = torch.ones(1, 1, dtype=dtype)
+    none = LoraTerms(torch.zeros(1, 1, dtype=dtype), torch.zeros(1, 1, dtype=dtype))
+    up = GroupLayer(0 * one, none, bias=one[0])
+    y = lora_mlp(x, GroupLayer(one, none), up, GroupLayer(one, none), activation=activation)
+    (dx,) = torch.autograd.grad(y.sum(), x)
+    wide = x.detach().double().requires_grad_()
+    wanted = F.silu(wide) if activation == "silu" else F.gelu(wide, approximate="tanh")
+    (slope,) = torch.autograd.grad(wanted.sum(), wide)
+    torch.testing.assert_close(y.double(), wanted, rtol=2e-6, atol=1e-30)
+    torch.testing.assert_close(dx.double(), slope.nan_to_num(0.0), rtol=2e-6, atol=1e-30)

@@ -69,6 +69,19 @@ def test_ends_and_equal_tensors_are_exact(backend, dtype):
     assert torch.equal(M[0], F[0])
 
 
+@pytest.mark.parametrize("norms", [False, True])
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_ends_are_exact_where_the_difference_is_not_finite(backend, dtype, norms):
+    most = torch.finfo(dtype).max
+    F = torch.tensor([most, -most, math.inf, math.nan, 2.0] * 5, dtype=dtype)
+    M = torch.tensor([-most, most, 1.0, 1.0, 1.0] * 5, dtype=dtype)
+    found = M.clone()
+    merge_([found], [F], 0.0, norms=norms)
+    assert torch.equal(found, M)
+    merge_([found], [F], 1.0, norms=norms)
+    assert torch.equal(found.isnan(), F.isnan()) and torch.equal(found.nan_to_num(0.0), F.nan_to_num(0.0))
+
+
 def test_closed_form_of_slaos_merge(backend):
     """B_merge(T) = Σ w_i B_i with w_i = i^(-1/2) · Π_{j>i} (1 − j^(-1/2)), which sum to 1."""
     tasks = 6

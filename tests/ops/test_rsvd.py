@@ -285,6 +285,22 @@ def test_residual_and_angles_beside_the_peers(backend, spectrum, shape, dtype):
         assert float(cosines[0]) >= 1 - 1e-5
 
 
+@pytest.mark.parametrize("tiny", [1e-310, 1e-322])
+def test_rows_of_subnormal_numbers(backend, tiny):
+    """A dead rank, and a matrix of nothing else: 1 over the largest entry would be infinite."""
+    B, A = torch.randn(12, 4).double(), torch.randn(4, 10).double()
+    A[1] *= tiny
+    found = rsvd((B, A), 4)
+    torch.testing.assert_close(found.S, torch.linalg.svdvals(B @ A)[:4], rtol=1e-12, atol=1e-12)
+    torch.testing.assert_close(product(found), B @ A, rtol=1e-10, atol=1e-12)
+    M = torch.randn(12, 10).double() * tiny
+    for n_iter in (0, 2):
+        found = rsvd(M, 3, n_iter=n_iter)
+        assert all(bool(part.isfinite().all()) for part in found)
+        torch.testing.assert_close(found.U.mT @ found.U, torch.eye(3).double(), rtol=0, atol=1e-12)
+        torch.testing.assert_close(found.Vh @ found.Vh.mT, torch.eye(3).double(), rtol=0, atol=1e-12)
+
+
 @native
 def test_bits_do_not_depend_on_the_number_of_threads():
     entries = [

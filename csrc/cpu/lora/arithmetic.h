@@ -20,11 +20,13 @@ Rows as_rows(const C* data, int64_t ld) {
   return {const_cast<C*>(data), kType<C>, ld};
 }
 
+// What is read may be shared until somebody writes it, and is asked for as such: the copy that writing makes can't be
+// made among threads. What is written here is new.
 inline Rows rows_in(const Tensor& matrix) {
-  return {matrix.mutable_data_ptr(), matrix.scalar_type(), matrix.stride(0)};
+  return {const_cast<void*>(matrix.const_data_ptr()), matrix.scalar_type(), matrix.stride(0)};
 }
 
-inline float* floats(const Tensor& tensor) { return static_cast<float*>(tensor.mutable_data_ptr()); }
+inline float* floats(const Tensor& tensor) { return static_cast<float*>(const_cast<void*>(tensor.const_data_ptr())); }
 
 // Whether the inner loops of C read and write this type: fp64 its own only, fp32 all but fp64.
 template <typename C>

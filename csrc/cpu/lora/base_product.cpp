@@ -12,6 +12,7 @@ namespace {
 
 constexpr int64_t kWork = 1 << 18;   // products that are worth a second thread
 constexpr int64_t kRowsAtOnce = 32;  // of W, on as many pages, for one row of dy
+constexpr int64_t kAligned = 32;     // columns of which pieces are multiples
 
 // Pieces of a product that the threads share: enough of them that none waits long for the last.
 struct Pieces {
@@ -48,11 +49,28 @@ bool on_amx(const Tensor& out, const Tensor& left, const Tensor& right, const Ma
   torch::stable::parallel_for(0, pieces.down * pieces.across, 1, [&](int64_t begin, int64_t end) {
     for (int64_t p = begin; p < end; ++p) {
       const int64_t down = p / pieces.across, across = p % pieces.across;
-      piece(m * down / pieces.down, m * (down + 1) / pieces.down, n * across / pieces.across / 32 * 32,
-            across + 1 == pieces.across ? n : n * (across + 1) / pieces.across / 32 * 32);
+      piece(m * down / pieces.down, m * (down + 1) / pieces.down, n * across / pieces.across / kAligned * kAligned,
+            across + 1 == pieces.across ? n : n * (across + 1) / pieces.across / kAligned * kAligned);
     }
   });
   return true;
+}
+
+// One row of x: every column of y is a sum of its own, so that how they are cut changes no bit.
+void one_row_product(const Tensor& y, const Tensor& x, const Tensor& weight, const MaybeTensor& bias, By threads) {
+  const int64_t columns = y.size(1), ldw = weight.stride(0);
+  float* to = floats(y);
+  const float* from = bias ? static_cast<const float*>(bias->const_data_ptr()) : nullptr;
+  const auto some = [&](int64_t first, int64_t last) {
+    micro<float>().project(rows_in(x), 1, x.size(1), floats(weight) + first * ldw, ldw, last - first, {}, to + first);
+    for (int64_t i = first; i < last && bias; ++i) to[i] += from[i * bias->stride(0)];
+  };
+  if (threads == By::kThis || columns * x.size(1) < kWork) return some(0, columns);
+  const int64_t parts = Pieces(1, columns).across;
+  torch::stable::parallel_for(0, parts, 1, [&](int64_t begin, int64_t end) {
+    some(columns * begin / parts / kAligned * kAligned,
+         end == parts ? columns : columns * end / parts / kAligned * kAligned);
+  });
 }
 
 // The rows of W are cut as the columns of y are in forward, where those were worth it: each thread finds in its cache
@@ -97,10 +115,7 @@ bool cuts_freely(ScalarType type, int64_t m, int64_t n, int64_t k) {
 
 void base_product(const Tensor& y, const Tensor& x, const Tensor& weight, const MaybeTensor& bias, By threads) {
   if (on_amx(y, x, transposed(weight), bias, false, threads)) return;
-  if (threads == By::kThis && !bias && is_one_row(y.size(0), weight)) {
-    micro<float>().project(rows_in(x), 1, x.size(1), floats(weight), weight.stride(0), y.size(1), {}, floats(y));
-    return;
-  }
+  if (is_one_row(y.size(0), weight)) return one_row_product(y, x, weight, bias, threads);
   if (bias) {
     addmm_out(y, *bias, x, transposed(weight));
   } else {

@@ -12,12 +12,16 @@ namespace {
 using torch::stable::parallel_for;
 
 constexpr int64_t kThreadsPerTile = 4;  // beyond it tiles would leave threads idle that BLAS itself can use
+constexpr int64_t kNarrow = 32;         // columns of a layer that is too small for that to count
 
 // Whether the base product of all rows is made in one call, by all threads. Of BLAS the bits then depend on how many
-// there are, as those of torch's own linear layer do; what cuts freely is never left to fewer threads than there are.
+// there are, as those of torch's own linear layer do; what cuts freely is never left to fewer threads than there are,
+// and fp64, which is for exactness, is never left to BLAS's choice.
 bool whole_base(ScalarType type, int64_t rows, const std::vector<Layer>& layers, int64_t tiles) {
   if (must_widen(type)) return false;
   if (in_one_call(type)) return true;
+  const auto narrow = [](const Layer& layer) { return std::min(layer.weight.size(0), layer.weight.size(1)) < kNarrow; };
+  if (type == ScalarType::Double || std::any_of(layers.begin(), layers.end(), narrow)) return false;
   const bool free = std::all_of(layers.begin(), layers.end(), [&](const Layer& layer) {
     return cuts_freely(type, rows, layer.weight.size(0), layer.weight.size(1));
   });

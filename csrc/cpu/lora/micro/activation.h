@@ -29,16 +29,23 @@ MBF_INLINE Vec<double> exponential(Vec<double> x) {
   return x;
 }
 
-// act(g) and its derivative. silu: g σ(g). gelu_tanh: g σ(2c (g + 0.044715 g³)), c = √(2/π), as 1 + tanh(v) = 2 σ(2v).
 template <typename C>
-MBF_INLINE void activation(Vec<C> g, bool gelu, Vec<C>& value, Vec<C>& slope) {
+struct Activation {
+  Vec<C> value, slope;
+};
+
+// act(g) and its derivative. silu: g σ(g). gelu_tanh: g σ(2c (g + 0.044715 g³)), c = √(2/π), as 1 + tanh(v) = 2 σ(2v).
+// Not inlined: copies of it could be rounded otherwise, one for whole vectors and one for what is left of a row.
+template <typename C>
+__attribute__((noinline)) Activation<C> activation(Vec<C> g, bool gelu) {
   constexpr C k2c = static_cast<C>(1.5957691216057307117597842397375), kCubic = static_cast<C>(0.044715);
   const Vec<C> one = broadcast(static_cast<C>(1));
   const Vec<C> inner = gelu ? k2c * (g + kCubic * g * g * g) : g;
-  const Vec<C> sigma = one / (one + exponential(-inner));
+  const auto gone = inner < broadcast(static_cast<C>(-88));  // σ there is less than what exponential gives at least
+  const Vec<C> sigma = gone ? Vec<C>{} : one / (one + exponential(-inner));
   const Vec<C> inner_slope = gelu ? k2c * (one + 3 * kCubic * g * g) : one;
-  value = g * sigma;
-  slope = sigma + value * (one - sigma) * inner_slope;
+  const Vec<C> value = g * sigma;
+  return {value, gone ? Vec<C>{} : sigma + value * (one - sigma) * inner_slope};
 }
 
 template <typename C, typename Step>
@@ -65,8 +72,7 @@ MBF_INLINE void store_some(C* p, Vec<C> v, int64_t n) {
 template <typename C>
 void gated(const C* g, const C* u, int64_t n, bool gelu, C* out) {
   over<C>(n, [&](int64_t i, int64_t some) __attribute__((always_inline)) {
-    Vec<C> value, slope;
-    activation<C>(load_some(g + i, some), gelu, value, slope);
+    const auto [value, slope] = activation<C>(load_some(g + i, some), gelu);
     store_some<C>(out + i, value * load_some(u + i, some), some);
   });
 }
@@ -74,8 +80,7 @@ void gated(const C* g, const C* u, int64_t n, bool gelu, C* out) {
 template <typename C>
 void gated_backward(const C* da, const C* g, const C* u, int64_t n, bool gelu, C* dg, C* du) {
   over<C>(n, [&](int64_t i, int64_t some) __attribute__((always_inline)) {
-    Vec<C> value, slope;
-    activation<C>(load_some(g + i, some), gelu, value, slope);
+    const auto [value, slope] = activation<C>(load_some(g + i, some), gelu);
     const Vec<C> d = load_some(da + i, some), up = load_some(u + i, some);
     store_some<C>(dg + i, d * up * slope, some);
     store_some<C>(du + i, d * value, some);

@@ -60,9 +60,16 @@ void unroute(const Tensor& dz, const Tensor& h, const Branch& branch, const Rout
 
 }  // namespace
 
-void check(const char* op, const Branch& branch,
-           std::initializer_list<std::pair<const char*, MaybeTensor>> activations) {
+void check_rows(const char* op, const char* name, const Tensor& tensor, const Tensor& like, int64_t columns) {
+  bool fits = tensor.dim() == like.dim() && like.dim() > 0 && tensor.size(tensor.dim() - 1) == columns;
+  for (int64_t axis = 0; fits && axis + 1 < like.dim(); ++axis) fits = tensor.size(axis) == like.size(axis);
+  STD_TORCH_CHECK(fits, op, ": ", name, " must have the other activations' shape but for the last axis, of ", columns);
+}
+
+void check(const char* op, const Branch& branch, std::initializer_list<std::pair<const char*, MaybeTensor>> activations,
+           const Tensor& input, int64_t d_in, int64_t d_out) {
   const ScalarType type = branch.A.scalar_type();
+  STD_TORCH_CHECK(branch.A.dim() == 2, op, ": A must be [r, d_in]");
   const auto known = [](ScalarType dtype) {
     return dtype == ScalarType::Float || dtype == ScalarType::BFloat16 || dtype == ScalarType::Half;
   };
@@ -78,8 +85,53 @@ void check(const char* op, const Branch& branch,
                     ": ", name, " must have the dtype of A and B or, with these in fp32, be fp32, bf16 or fp16",
                     elsewhere);
   }
-  STD_TORCH_CHECK(branch.dropout_p == 0.0 || (branch.seed && on_device(*branch.seed)), op,
-                  ": dropout needs a seed on the GPU, such as mbf.ops.draw_seed(x.device) gives");
+  STD_TORCH_CHECK(branch.dropout_p >= 0.0 && branch.dropout_p <= 1.0, op, ": dropout_p must lie in [0, 1]");
+  STD_TORCH_CHECK(branch.dropout_p == 0.0 || (branch.seed && on_device(*branch.seed) && branch.seed->numel() == 1 &&
+                                              branch.seed->scalar_type() == ScalarType::Long),
+                  op, ": dropout needs a seed on the GPU, int64, such as mbf.ops.draw_seed(x.device) gives");
+  const auto of_matrix = [&](const char* name, const Tensor& tensor, int64_t rows, int64_t columns) {
+    STD_TORCH_CHECK(tensor.dim() == 2 && tensor.size(0) == rows && tensor.size(1) == columns && on_device(tensor), op,
+                    ": ", name, " must be [", rows, ", ", columns, "] on the GPU, as the other arguments say");
+  };
+  const int64_t r = branch.A.dim() == 2 ? branch.A.size(0) : -1;
+  of_matrix("A", branch.A, r, d_in);
+  of_matrix("B", branch.B, d_out, r);
+  if (branch.mix) of_matrix("mix", *branch.mix, r, r);
+  if (branch.gate) {
+    const Tensor& gate = *branch.gate;
+    const int64_t lead = input.dim() - gate.dim();
+    bool fits = lead >= 0 && (on_device(gate) || gate.dim() == 0);
+    for (int64_t axis = 0; fits && axis < gate.dim(); ++axis) {
+      const int64_t size = gate.size(axis);
+      fits = size == 1 || size == (axis + 1 == gate.dim() ? r : input.size(lead + axis));
+    }
+    STD_TORCH_CHECK(fits, op, ": gate must broadcast to the activations' shape with ", r,
+                    " in the last axis, and be on the GPU");
+  }
+  STD_TORCH_CHECK(branch.merged_B.has_value() == branch.merge_weight.has_value(), op,
+                  ": merged_B and merge_weight go together; pass both or neither");
+  if (branch.merged_B) {
+    of_matrix("merged_B", *branch.merged_B, d_out, r);
+    STD_TORCH_CHECK(branch.merged_B->scalar_type() == type, op, ": merged_B must have the dtype of B");
+    STD_TORCH_CHECK(branch.merge_weight->dim() == 0, op, ": merge_weight must be 0-d");
+  }
+}
+
+void check_backward(const char* op, const Branch& branch, const Tensor& dy, const Tensor& h, const MaybeTensor& x) {
+  check_rows(op, "h", h, dy, branch.A.size(0));
+  STD_TORCH_CHECK(on_device(h) && h.scalar_type() == branch.A.scalar_type(), op, ": h must have the dtype of A");
+  if (x) check_rows(op, "x", *x, dy, branch.A.size(1));
+}
+
+Needs possible(const Branch& branch, const MaybeTensor& x, const Needs& asked) {
+  const bool merged = branch.merged_B.has_value();
+  return {asked.x,
+          asked.A && x.has_value(),
+          asked.B,
+          asked.gate && branch.gate.has_value(),
+          asked.mix && branch.mix.has_value(),
+          asked.merged_B && merged,
+          asked.merge_weight && merged};
 }
 
 Tensor project(const Tensor& x, const Branch& branch) {
@@ -191,7 +243,9 @@ std::tuple<Tensor, Tensor> lora_accumulate(Tensor y, Tensor x, Tensor A, Tensor 
                                            MaybeTensor mix, double dropout_p, MaybeTensor seed, MaybeTensor merged_B,
                                            MaybeTensor merge_weight) {
   const lora::Branch branch{A, B, scale, gate, mix, dropout_p, seed, merged_B, merge_weight};
-  lora::check("lora_accumulate", branch, {{"y", y}, {"x", x}});
+  STD_TORCH_CHECK(x.dim() > 0 && y.dim() > 0, "lora_accumulate: x must be [..., d_in], and y [..., d_out]");
+  lora::check("lora_accumulate", branch, {{"y", y}, {"x", x}}, x, x.size(x.dim() - 1), y.size(y.dim() - 1));
+  lora::check_rows("lora_accumulate", "y", y, x, y.size(y.dim() - 1));
   const Tensor h = lora::project(x, branch);
   const Tensor out = empty_on(y, lora::shape_of(y), y.scalar_type());
   lora::accumulate(y, out, h, branch);
@@ -202,8 +256,12 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> lora_accumula
     Tensor dy, Tensor h, MaybeTensor x, Tensor A, Tensor B, double scale, MaybeTensor gate, MaybeTensor mix,
     double dropout_p, MaybeTensor seed, MaybeTensor merged_B, MaybeTensor merge_weight, std::vector<bool> needs) {
   const lora::Branch branch{A, B, scale, gate, mix, dropout_p, seed, merged_B, merge_weight};
-  const lora::Needs asked{needs[0], needs[1], needs[2], needs[3], needs[4], needs[5], needs[6]};
-  lora::check("lora_accumulate_backward", branch, {{"dy", dy}, {"x", x}});
+  const char* op = "lora_accumulate_backward";
+  STD_TORCH_CHECK(needs.size() == 7 && dy.dim() > 0, op, ": needs must have 7 entries, and dy be [..., d_out]");
+  lora::check(op, branch, {{"dy", dy}, {"x", x}}, dy, A.dim() == 2 ? A.size(1) : -1, dy.size(dy.dim() - 1));
+  lora::check_backward(op, branch, dy, h, x);
+  const lora::Needs asked =
+      lora::possible(branch, x, {needs[0], needs[1], needs[2], needs[3], needs[4], needs[5], needs[6]});
   lora::BranchGradients found = lora::output_gradients(dy, h, branch, asked);
   MaybeTensor dx;
   if (asked.x) dx = empty_on(dy, {found.dh->size(0), A.size(1)}, (x ? *x : dy).scalar_type());

@@ -8,7 +8,8 @@ std::tuple<Tensor, Tensor> lora_linear(Tensor x, Tensor weight, MaybeTensor bias
                                        MaybeTensor gate, MaybeTensor mix, double dropout_p, MaybeTensor seed,
                                        MaybeTensor merged_B, MaybeTensor merge_weight) {
   const lora::Branch branch{A, B, scale, gate, mix, dropout_p, seed, merged_B, merge_weight};
-  lora::check("lora_linear", branch, {{"x", x}, {"weight", weight}});
+  STD_TORCH_CHECK(x.dim() > 0 && weight.dim() == 2, "lora_linear: x must be [..., d_in], and weight [d_out, d_in]");
+  lora::check("lora_linear", branch, {{"x", x}, {"weight", weight}}, x, x.size(x.dim() - 1), weight.size(0));
   const Tensor y = lora::packed(lora::call("aten::linear", "", x, weight, bias));
   const Tensor h = lora::project(x, branch);
   lora::accumulate(y, y, h, branch);
@@ -20,8 +21,14 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tenso
     MaybeTensor mix, double dropout_p, MaybeTensor seed, MaybeTensor merged_B, MaybeTensor merge_weight,
     std::vector<bool> needs) {
   const lora::Branch branch{A, B, scale, gate, mix, dropout_p, seed, merged_B, merge_weight};
-  const lora::Needs asked{needs[0], needs[3], needs[4], needs[5], needs[6], needs[7], needs[8]};
-  lora::check("lora_linear_backward", branch, {{"dy", dy}, {"x", x}, {"weight", weight}});
+  const char* op = "lora_linear_backward";
+  STD_TORCH_CHECK(needs.size() == 9 && dy.dim() > 0 && weight.dim() == 2, op,
+                  ": needs must have 9 entries, dy be [..., d_out], and weight [d_out, d_in]");
+  lora::check(op, branch, {{"dy", dy}, {"x", x}, {"weight", weight}}, dy, weight.size(1), weight.size(0));
+  lora::check_rows(op, "dy", dy, dy, weight.size(0));
+  lora::check_backward(op, branch, dy, h, x);
+  const lora::Needs asked =
+      lora::possible(branch, x, {needs[0], needs[3], needs[4], needs[5], needs[6], needs[7], needs[8]});
   const Tensor rows = lora::matrix(dy);
   lora::BranchGradients found = lora::output_gradients(rows, h, branch, asked);
   MaybeTensor dx;

@@ -15,11 +15,15 @@ from torch import Tensor
 
 from mbf.ops._status import DONE, GIVEN_UP, status_of
 
+LARGEST = 1024  # k of the cores [k, k] that the kernel for small SVDs takes
+
 
 def rsvd(
     kernels: Any, matrices: Sequence[Tensor], seeds: Tensor, rank: int, oversample: int, n_iter: int
-) -> list[Tensor]:
-    """What operator ``rsvd`` returns, by the operators of ``kernels``."""
+) -> Any:
+    """What operator ``rsvd`` returns, by the operators of ``kernels``; NotImplemented for a core beyond ``LARGEST``."""
+    if any(min(rank + oversample, *M.shape[-2:]) > LARGEST for M in matrices):
+        return NotImplemented
     flat = [M.reshape(-1, *M.shape[-2:]) for M in matrices]
     wide = [M.to(torch.promote_types(M.dtype, torch.float32)) for M in flat]
     columns = [min(rank + oversample, *M.shape[-2:]) for M in flat]
@@ -37,8 +41,11 @@ def rsvd(
 
 
 def svd_factors(kernels: Any, B: Sequence[Tensor], A: Sequence[Tensor], rank: int) -> Any:
-    """What operator ``svd_factors`` returns: of ``B A = Leftᵀ (L_Bᵀ L_A) Right``; NotImplemented for r > m or r > n."""
-    if any(b.shape[-1] > min(b.shape[-2], a.shape[-1]) for b, a in zip(B, A, strict=True)):
+    """What operator ``svd_factors`` returns: of ``B A = Leftᵀ (L_Bᵀ L_A) Right``.
+
+    NotImplemented for r > m, r > n or beyond ``LARGEST``.
+    """
+    if any(b.shape[-1] > min(b.shape[-2], a.shape[-1], LARGEST) for b, a in zip(B, A, strict=True)):
         return NotImplemented
     lefts = [b.reshape(-1, *b.shape[-2:]).mT.double() for b in B]
     rights = [a.reshape(-1, *a.shape[-2:]).double() for a in A]

@@ -70,3 +70,90 @@ def test_y_of_any_strides(cuda: Any, d_out: int) -> None:
     elsewhere = case["y"].transpose(0, 1).contiguous().transpose(0, 1)
     found, _ = cuda.lora_accumulate(elsewhere, case["x"].transpose(0, 1).contiguous().transpose(0, 1), *branch)
     assert torch.equal(found, expected)
+
+
+@pytest.mark.parametrize("dtypes", ["fp32", "bf16"])
+def test_operands_at_any_offset(cuda: Any, dtypes: str) -> None:
+    """An address that is no multiple of 16 bytes is an error of the stand-in, as it is of a GPU."""
+    case = case_of("merged", (20,), 64, 32, 8, dtypes)
+    for name in ("x", "A", "B", "merged_B", "y"):
+        value = case[name]
+        moved = value.new_empty(value.numel() + 1)[1:].view_as(value).copy_(value)
+        check_error_rule(accumulating(cuda), lora_accumulate_ref, case | {name: moved}, scale=1.3)
+
+
+def test_rank_0_adds_nothing_and_has_gradients_of_zero(cuda: Any) -> None:
+    x, y, A, B = torch.randn(5, 16), torch.randn(5, 8), torch.zeros(0, 16), torch.zeros(8, 0)
+    branch = branch_of(x, A, B, {})
+    out, h = cuda.lora_accumulate(y, x, *branch)
+    dx, dA, dB, *_ = cuda.lora_accumulate_backward(out, h, x, *branch, [True] * 3 + [False] * 4)
+    assert torch.equal(out, y) and torch.equal(dx, torch.zeros_like(x))
+    assert dA.shape == A.shape and dB.shape == B.shape
+
+
+def test_everything_dropped_leaves_y(cuda: Any) -> None:
+    case = case_of("plain", (5,), 16, 8, 4, "fp32")
+    branch = list(branch_of(case["x"], case["A"], case["B"], {"dropout_p": 0.5, "seed": SEED}))
+    branch[5] = 1.0
+    out, h = cuda.lora_accumulate(case["y"], case["x"], *branch)
+    assert torch.equal(out, case["y"]) and not h.any()
+    dx, dA, *_ = cuda.lora_accumulate_backward(out, h, case["x"], *branch, [True, True] + [False] * 5)
+    assert not dx.any() and not dA.any()
+
+
+X, Y, H = torch.randn(5, 16), torch.randn(5, 8), torch.randn(5, 4)
+GOOD = {
+    "A": torch.randn(4, 16),
+    "B": torch.randn(8, 4),
+    "scale": 1.0,
+    "gate": torch.randn(5, 4),
+    "mix": torch.randn(4, 4),
+    "dropout_p": 0.3,
+    "seed": torch.tensor(3),
+    "merged_B": torch.randn(8, 4),
+    "merge_weight": torch.tensor(0.3),
+}
+
+
+@pytest.mark.parametrize(
+    ("changed", "message"),
+    [
+        ({"A": GOOD["A"][0]}, r"A must be \[r, d_in\]"),
+        ({"B": GOOD["B"][:7]}, r"B must be \[8, 4\]"),
+        ({"B": GOOD["B"][:, :3]}, r"B must be \[8, 4\]"),
+        ({"gate": torch.randn(5, 3)}, "gate must broadcast"),
+        ({"gate": torch.randn(2, 5, 4)}, "gate must broadcast"),
+        ({"mix": torch.randn(2, 2)}, r"mix must be \[4, 4\]"),
+        ({"merged_B": torch.randn(1, 4)}, r"merged_B must be \[8, 4\]"),
+        ({"merged_B": GOOD["merged_B"].half()}, "merged_B must have the dtype of B"),
+        ({"merged_B": None}, "merged_B and merge_weight go together"),
+        ({"merge_weight": torch.randn(2)}, "merge_weight must be 0-d"),
+        ({"dropout_p": 2.0}, r"dropout_p must lie in \[0, 1\]"),
+        ({"seed": torch.tensor(3, dtype=torch.int32)}, "dropout needs a seed"),
+    ],
+)
+def test_what_does_not_fit_is_refused_and_not_read_beyond(cuda: Any, changed: dict[str, Any], message: str) -> None:
+    branch = [*(GOOD | changed).values()]
+    with pytest.raises(RuntimeError, match=f"lora_accumulate: {message}"):
+        cuda.lora_accumulate(Y, X, *branch)
+    with pytest.raises(RuntimeError, match=f"lora_accumulate_backward: {message}"):
+        cuda.lora_accumulate_backward(Y, H, X, *branch, [True] * 7)
+    weight = torch.randn(8, 16)
+    with pytest.raises(RuntimeError, match=f"lora_linear: {message}"):
+        cuda.lora_linear(X, weight, None, *branch)
+    with pytest.raises(RuntimeError, match=f"lora_linear_backward: {message}"):
+        cuda.lora_linear_backward(Y, H, X, weight, *branch, [True] * 9)
+
+
+def test_activations_that_do_not_fit_are_refused(cuda: Any) -> None:
+    branch, needs = [*GOOD.values()], [True] * 7
+    with pytest.raises(RuntimeError, match=r"lora_accumulate: A must be \[4, 15\] on the GPU"):
+        cuda.lora_accumulate(Y, X[:, 1:], *branch)
+    with pytest.raises(RuntimeError, match="lora_accumulate: y must have the other activations' shape"):
+        cuda.lora_accumulate(Y[:4], X, *branch)
+    with pytest.raises(RuntimeError, match="h must have the other activations' shape but for the last axis, of 4"):
+        cuda.lora_accumulate_backward(Y, H[:, :3], X, *branch, needs)
+    with pytest.raises(RuntimeError, match="x must have the other activations' shape but for the last axis, of 16"):
+        cuda.lora_accumulate_backward(Y, H, X[:2], *branch, needs)
+    with pytest.raises(RuntimeError, match="needs must have 7 entries"):
+        cuda.lora_accumulate_backward(Y, H, X, *branch, needs[:1])

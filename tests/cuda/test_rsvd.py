@@ -136,3 +136,9 @@ def test_what_went_wrong_is_told(cuda):
 def test_what_it_cannot_compute_is_refused(cuda, call, message):
     with pytest.raises(RuntimeError, match=message):
         call(cuda)
+
+
+def test_cores_that_are_too_large_are_left_to_torch(cuda):
+    assert _rsvd_cuda.rsvd(cuda, [torch.randn(1100, 1090)], torch.tensor([1]), 1025, 8, 0) is NotImplemented
+    wide = [torch.randn(1100, 1030)], [torch.randn(1030, 1100)]
+    assert _rsvd_cuda.svd_factors(cuda, *wide, 8) is NotImplemented

@@ -33,9 +33,17 @@ struct BranchGradients {
   Tensor A, B, gate, mix, merged_B, merge_weight;
 };
 
-// Throws unless the kernels compute with these dtypes, ranks and devices.
-void check(const char* op, const Branch& branch,
-           std::initializer_list<std::pair<const char*, MaybeTensor>> activations);
+// Throws unless the kernels compute with these dtypes, ranks and devices, and the shapes of the operands fit `input`
+// [..., ·], d_in and d_out: what does not would be read beyond.
+void check(const char* op, const Branch& branch, std::initializer_list<std::pair<const char*, MaybeTensor>> activations,
+           const Tensor& input, int64_t d_in, int64_t d_out);
+// The same of tensor [..., columns], whose leading shape is that of `like`.
+void check_rows(const char* op, const char* name, const Tensor& tensor, const Tensor& like, int64_t columns);
+// The same of h [..., r] and x [..., d_in] beside dy.
+void check_backward(const char* op, const Branch& branch, const Tensor& dy, const Tensor& h, const MaybeTensor& x);
+
+// What can be given of what is asked: nothing for operands that aren't there, and no A's without x.
+Needs possible(const Branch& branch, const MaybeTensor& x, const Needs& asked);
 
 // h = drop(x) Aᵀ, [..., r] in A's dtype.
 Tensor project(const Tensor& x, const Branch& branch);

@@ -93,7 +93,7 @@ OutputParts launch_output_gradient(const Tensor& dy, const Tensor& z, const Inte
   OutputParts found;
   if (needs.of_z()) found.dz = empty_on(dy, {stripes, high, deep}, ScalarType::Float);
   if (needs.of_B()) found.dB = empty_on(dy, {rows.parts, wide, deep}, ScalarType::Float);
-  if (stripes > 0 && rows.parts > 0) {
+  if (stripes > 0 && rows.parts > 0 && chunks > 0) {
     MBF_LAUNCH((output_gradient_kernel<X, P, kRankTiles>), grid_of(stripes, rows.parts, chunks), Shape::kThreads,
                Shape::kSharedBytes, launcher.stream(), rows_in<X>(dy), rows_in<P>(z), B.factor<P>(),
                found.dz ? data_of<float>(*found.dz) : nullptr, found.dB ? data_of<float>(*found.dB) : nullptr, high,

@@ -93,7 +93,11 @@ inline uint32_t least_kept(const Branch& branch) {
   return static_cast<uint32_t>(std::nearbyint(branch.dropout_p * 65536.0));
 }
 
-inline float keep_scale(const Branch& branch) { return static_cast<float>(65536.0 / (65536.0 - least_kept(branch))); }
+// With everything dropped there is nothing to scale.
+inline float keep_scale(const Branch& branch) {
+  const uint32_t least = least_kept(branch);
+  return least == 65536 ? 0.0f : static_cast<float>(65536.0 / (65536.0 - least));
+}
 
 inline Dropout dropout_of(const Branch& branch) {
   const uint32_t least = least_kept(branch);
@@ -120,13 +124,21 @@ class Interpolated {
   }
   template <typename P>
   Factor<P> factor() const {
-    return {rows_in<P>(B), merged_data<P>(), weight_data(), value};
+    Rows<const P> rows = rows_in<P>(B);
+    rows.octets = rows.octets && reinterpret_cast<uintptr_t>(merged_data<P>()) % 16 == 0;
+    return {rows, merged_data<P>(), weight_data(), value};
   }
 
   Tensor B;
   MaybeTensor merged, weight;
   float value = 0.0f;
 };
+
+// In fp32 where h is: a single number may lie on the CPU, as it may in torch.
+inline Tensor floats_beside(const Tensor& h, const Tensor& tensor) {
+  return on_device(tensor) ? cast(tensor, ScalarType::Float)
+                           : torch::stable::to(tensor, ScalarType::Float, std::nullopt, h.device());
+}
 
 // Gate and mix in fp32, the gate broadcast to h.
 class Routed {
@@ -135,14 +147,14 @@ class Routed {
     const int64_t rank = branch.A.size(0), rows = rank == 0 ? 0 : h.numel() / rank;
     routing = {rows, rank, nullptr, 0, 0, nullptr, 0, 0};
     if (branch.gate) {
-      const Tensor wide = call("aten::expand", "", cast(*branch.gate, ScalarType::Float), h.sizes(), false);
+      const Tensor wide = call("aten::expand", "", floats_beside(h, *branch.gate), h.sizes(), false);
       gate_ = torch::stable::reshape(wide, {rows, rank});
       routing.gate = const_data_of<float>(*gate_);
       routing.gate_row = gate_->stride(0);
       routing.gate_rank = gate_->stride(1);
     }
     if (branch.mix) {
-      mix_ = cast(*branch.mix, ScalarType::Float);
+      mix_ = floats_beside(h, *branch.mix);
       routing.mix = const_data_of<float>(*mix_);
       routing.mix_row = mix_->stride(0);
       routing.mix_column = mix_->stride(1);

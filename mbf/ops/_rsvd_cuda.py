@@ -18,9 +18,7 @@ from mbf.ops._status import DONE, GIVEN_UP, status_of
 LARGEST = 1024  # k of the cores [k, k] that the kernel for small SVDs takes
 
 
-def rsvd(
-    kernels: Any, matrices: Sequence[Tensor], seeds: Tensor, rank: int, oversample: int, n_iter: int
-) -> Any:
+def rsvd(kernels: Any, matrices: Sequence[Tensor], seeds: Tensor, rank: int, oversample: int, n_iter: int) -> Any:
     """What operator ``rsvd`` returns, by the operators of ``kernels``; NotImplemented for a core beyond ``LARGEST``."""
     if any(min(rank + oversample, *M.shape[-2:]) > LARGEST for M in matrices):
         return NotImplemented

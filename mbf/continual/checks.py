@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 import re
+import warnings
 from collections.abc import Container, Iterable, Iterator, Sequence
 from numbers import Real
 from typing import TYPE_CHECKING, Any
@@ -138,6 +139,32 @@ def _check_can_shard(learner: ContinualLora, name: str, i: int) -> None:
         raise TaskError(
             f"method {method.name!r} {what}, which parameters that fully_shard took cannot follow; task {i} {name!r} "
             "did not begin. Train with DDP, or with another method"
+        )
+
+
+def warn_of_untrained(learner: ContinualLora, steps: int, held: Container[int]) -> None:
+    """Warn at a task's end of parameters that no optimiser has stepped.
+
+    Args:
+        steps: optimiser steps that the task had.
+        held: ``id`` of the parameters that they concerned.
+    """
+    what = f"task {learner.task_index} {learner.current_task!r}:"
+    if not steps:
+        warnings.warn(
+            f"{what} no optimiser step reached the adapter. If it was trained, build the optimiser after begin_task, "
+            "over the model's parameters as they are then.",
+            stacklevel=4,
+        )
+        return
+    missed = {id(p) for p in _trained(learner) if p.requires_grad and id(p) not in held}
+    names = [name for name, p in learner.model.named_parameters() if id(p) in missed]
+    if names:
+        warnings.warn(
+            f"{what} no optimiser held {len(names)} of the parameters that it trains, {names[0]} for example, and they "
+            "are as the task began. Build the optimiser after begin_task over all parameters that require a gradient, "
+            "whatever their names, or freeze these.",
+            stacklevel=4,
         )
 
 

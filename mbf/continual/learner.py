@@ -31,6 +31,7 @@ from mbf.continual.checks import (
     check_steps,
     check_task_name,
     check_weight,
+    warn_of_untrained,
 )
 from mbf.continual.hooks import TrainingHooks
 from mbf.continual.replicas import Replicas
@@ -172,11 +173,14 @@ class ContinualLora:
     def task(self, name: str, data: Batches | None = None, steps: int | None = None) -> Iterator[ContinualLora]:
         """Learn a task inside the block: begin, train, end. An exception undoes the task and passes on.
 
+        A block that ended or abandoned the task itself is left as it is.
+
         Args:
             name: what the task is called in history and errors.
             data, steps: as for ``begin_task``.
         """
         self.begin_task(name, data, steps)
+        active = self._active
         try:
             yield self
         except BaseException as error:
@@ -188,7 +192,8 @@ class ContinualLora:
                 if hasattr(error, "add_note"):
                     error.add_note(note)
             raise
-        self.end_task()
+        if self._active is active:
+            self.end_task()
 
     def begin_task(self, name: str, data: Batches | None = None, steps: int | None = None) -> None:
         """Write the task's starting LoRA into the adapter. Build the optimiser after this: parameters may be replaced.
@@ -236,6 +241,7 @@ class ContinualLora:
             for layer in self.layers:
                 layer.A.requires_grad_(trains_A)
                 layer.B.requires_grad_(trains_B)
+                layer.A.grad = layer.B.grad = None  # of the last task's end, which no step of this one is to take
             self._active.hooks.attach()
         except BaseException:
             self.abandon_task()
@@ -289,17 +295,13 @@ class ContinualLora:
         check_data(self.method, data)
         reshard(self.model)
         try:
+            active.hooks.settle()
             trained, what = self.method.current, f"task {active.index} {active.name!r} left"
             check_same(self, trained, what)
             check_finite(self, trained, what)
             check_gains(self, trained, what)
             del trained
-            if not active.hooks.steps:
-                warnings.warn(
-                    f"task {active.index} {active.name!r}: no optimiser step reached the adapter. If it was trained, "
-                    "build the optimiser after begin_task, over the model's parameters as they are then.",
-                    stacklevel=3,
-                )
+            warn_of_untrained(self, active.hooks.steps, active.hooks.held)
             check_finite_parameters(self, what)
             active.hooks.detach()
             self.method.route(None)

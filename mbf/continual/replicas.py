@@ -69,9 +69,14 @@ class Replicas:
 
     @torch.no_grad()
     def share(self, tensors: Sequence[Tensor], device: torch.device) -> None:
-        """Overwrite ``tensors`` with those of the first process: one broadcast a dtype, from memory on ``device``."""
+        """Overwrite ``tensors`` with those of the first process: one broadcast a dtype, from memory on ``device``.
+
+        Raises:
+            RuntimeError: on every process, where one has tensors of other shapes than the first.
+        """
         if self.size == 1:
             return
+        self._check_alike(tensors, device)
         for dtype in dict.fromkeys(tensor.dtype for tensor in tensors):
             here = [tensor for tensor in tensors if tensor.dtype is dtype]
             buffer = torch.cat([tensor.detach().reshape(-1).to(device) for tensor in here])
@@ -79,6 +84,18 @@ class Replicas:
             if not self.first:
                 for tensor, values in zip(here, buffer.split([tensor.numel() for tensor in here]), strict=True):
                     tensor.copy_(values.view_as(tensor))
+
+    def _check_alike(self, tensors: Sequence[Tensor], device: torch.device) -> None:
+        """A broadcast into other sizes would end the process, or go on with what is shifted."""
+        here = [(tuple(tensor.shape), tensor.dtype) for tensor in tensors]
+        firsts = [here]
+        dist.broadcast_object_list(firsts, src=self._source, group=self._pg)
+        others = int(self.total(torch.tensor(float(firsts[0] != here), device=device)))
+        if others:
+            raise RuntimeError(
+                f"{others} of the {self.size} processes that train together made an adapter or state of other shapes "
+                "than the first one; give all of them the same method, options and model"
+            )
 
     def total(self, tensor: Tensor) -> Tensor:
         """The sum of ``tensor`` over the processes; it stays as it is."""

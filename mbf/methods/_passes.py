@@ -4,6 +4,8 @@ What several methods share: second moments of layer inputs, C = mean x xᵀ, one
 and v; gate and up), and the gradients of the loss at the layers' outputs, from which every weight gradient and Fisher
 sum is made: dL/dW = Σ dy xᵀ.
 
+Of several processes that train together, each passes over the data that it was given; the sums are over them all.
+
 A pass leaves no trace: the modes of the modules, torch's random state and all ``.grad`` are what they were. Its data
 are gone through as often as a method asks, so they must be a list, a ``DataLoader`` or the like, not an iterator.
 """
@@ -63,6 +65,7 @@ def input_moments(method: Method, data: Batches | None, *, skip: int = 0, limit:
 
     first = watch_inputs(method, data, add, skip=skip, limit=limit)
     distinct = sorted(sums)
+    of_all(method, sums, tokens)
     if not all(tokens.values()):
         raise ValueError(
             f"method {method.name!r}: no token is left of the task's data after skipping {skip} a row; give longer "
@@ -100,8 +103,25 @@ def mean_gradients(
         else:
             sums[n] = sums[n].addmm_(dy.T, x) if n in sums else dy.T @ x
 
-    count = watch_gradients(method, data, add, limit=limit)
-    return [sums[n] / count for n in range(len(method.layers))]
+    count = {0: watch_gradients(method, data, add, limit=limit)}
+    of_all(method, sums, count)
+    return [sums[n] / count[0] for n in range(len(method.layers))]
+
+
+@torch.no_grad()
+def of_all(method: Method, sums: dict[int, Tensor], counts: dict[int, int]) -> None:
+    """Add up, over the processes that train together, what each has seen of its data; alike data count alike.
+
+    Args:
+        sums: over the data of this process; changed.
+        counts: of what; changed.
+    """
+    device = method.layers[0].A.device
+    for n, own in list(sums.items()):
+        sums[n] = method.total(own)
+    found = method.total(torch.tensor([*counts.values()], dtype=torch.float64, device=device)).tolist()
+    for n, count in zip(list(counts), found, strict=True):
+        counts[n] = int(count)
 
 
 @torch.no_grad()

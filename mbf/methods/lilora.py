@@ -30,7 +30,7 @@ from torch import Tensor
 from torch.nn.init import kaiming_uniform_
 
 from mbf.methods.base import Batches, Factors, Layer, Method, MethodInfo, Options, register
-from mbf.ops import LiloraTerms, LoraTerms
+from mbf.ops import BranchTerms, LiloraTerms, LoraTerms
 
 
 class LiLoraOptions(Options):
@@ -110,6 +110,14 @@ class LiLora(Method):
     def after_task(self, i: int, data: Batches | None) -> None:
         kept = {f"{name}{i}": [p.detach().clone() for p in values] for name, values in self.learned.items()}
         self.state = {**self.state, **kept, "tasks": i}
+
+    def merged_terms(self, layer: Layer, index: int, i: int, weight: float | Tensor | None) -> BranchTerms:
+        if self.options.agnostic == "mean" and i > 1 and weight is None:
+            raise ValueError(
+                "method 'lilora' with agnostic='mean' computes with the mean over all tasks between them, which "
+                "merged_view() does not show; end the task, or evaluate the model as it trains"
+            )
+        return super().merged_terms(layer, index, i, weight)
 
     # -- inference -----------------------------------------------------------------------------------------------------
 

@@ -99,7 +99,7 @@ class Mora(Method):
         weight = self.merge_weight(i)
         self.state = {"M": [self._merged(n, M, i, weight) for n, M in enumerate(trained)]}
         if self.options.merge == "slao":
-            self.state["last"] = trained
+            self.state["last"] = [M.clone() for M in trained]  # files hold no tensor twice
 
     def select(self, task: int | None) -> None:
         self.route(lambda layer: self._terms(self._kept("M")[self.index(layer)]))

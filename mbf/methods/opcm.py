@@ -2,13 +2,14 @@
 
 *Merging Models on the Fly Without Retraining: A Sequential Approach to Scalable Continual Model Merging*, Tang et al.,
 and the authors' public code (``fusion_bench/method/opcm``). With D the merged task vector, τ the new one (both against
-θ_0), D = U S Vᵀ and k the first index at which the cumulative singular mass exceeds α::
+θ_0), D = U S Vᵀ and k the least number of singular values whose sum exceeds the share α of all::
 
     τ' = τ − U_k (U_kᵀ τ V_k) V_kᵀ − Σ_{k < j ≤ rank D} (u_jᵀ τ v_j) u_j v_jᵀ
     D ← (λ_{i−1} D + τ') / λ_i,   λ_i such that ‖D‖ over all layers is the mean of ‖τ_1‖..‖τ_i‖
 
 so ⟨D, τ'⟩ = 0. The authors zero the diagonal of Uᵀ τ V over the full basis, whose part beyond the rank of D is
-arbitrary; only the non-zero singular pairs are used here (ours, deterministic).
+arbitrary; only the non-zero singular pairs are used here (ours, deterministic). Their code counts k from 0, so that its
+block is one smaller and covers less than α; ours is the block that covers it.
 """
 
 from __future__ import annotations
@@ -34,7 +35,8 @@ def project_out(tau: Tensor, D: Tensor, alpha: float) -> Tensor:
         alpha: share of the singular mass of D that the leading block covers.
     """
     U, S, Vh = torch.linalg.svd(D.double(), full_matrices=False)
-    negligible = S[0] * max(D.shape) * torch.finfo(D.dtype).eps
+    # That of fp32 for half types, too: their ε times a width is more than 1.
+    negligible = S[0] * max(D.shape) * min(torch.finfo(D.dtype).eps, torch.finfo(torch.float32).eps)
     rank = int((negligible < S).sum())
     if rank == 0:
         return tau.clone()

@@ -35,7 +35,7 @@ import torch
 from pydantic import Field
 from torch import Tensor
 
-from mbf.methods._passes import watch_gradients
+from mbf.methods._passes import of_all, watch_gradients
 from mbf.methods._summed import Summed
 from mbf.methods.base import Batches, Factors, Layer, MethodInfo, Options, register
 from mbf.ops import LoraTerms
@@ -183,6 +183,7 @@ class Pm(Summed):
                 sums[n] = sums[n].add_(square) if n in sums else square
 
         watch_gradients(self, data, add, limit=self.options.batches)
+        of_all(self, sums, samples)
         return [sums[n] / samples[n] for n in range(len(self.layers))]
 
     # -- the same with F = u vᵀ ----------------------------------------------------------------------------------------
@@ -227,5 +228,8 @@ class Pm(Summed):
             sums[n] = [old + more for old, more in zip(sums[n], new, strict=True)] if n in sums else new
 
         watch_gradients(self, data, add, limit=self.options.batches)
+        flat = {3 * n + k: part for n, parts in sums.items() for k, part in enumerate(parts)}
+        of_all(self, flat, samples)
+        sums = {n: [flat[3 * n + k] for k in range(3)] for n in sums}
         u = [sums[n][0][None] / samples[n] for n in range(len(self.layers))]
         return u, [sums[n][1][None] / sums[n][2].clamp(min=1) for n in range(len(self.layers))]

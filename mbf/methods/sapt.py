@@ -29,6 +29,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Iterable, Mapping
 from typing import Any
+from weakref import WeakSet
 
 import torch
 from pydantic import Field, model_validator
@@ -56,6 +57,21 @@ class SaptOptions(Options):
         return self
 
 
+class Pending(torch.autograd.Function):
+    """w as it is; its graph counts as pending until it is gone or differentiated."""
+
+    @staticmethod
+    def forward(ctx: Any, w: Tensor, pending: WeakSet[Any]) -> Tensor:
+        ctx.pending = pending
+        pending.add(ctx)
+        return w.view_as(w)
+
+    @staticmethod
+    def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor, None]:
+        ctx.pending.discard(ctx)
+        return gradient, None
+
+
 @register
 class Sapt(Summed):
     """State: ``keys`` [T, d]; ``query``, the net's W_1, W_2 and the norm's weight and bias; ``ranks``; for each task
@@ -80,7 +96,11 @@ class Sapt(Summed):
 
     def __init__(self, **options: Any) -> None:
         super().__init__(**options)
-        self._weights: Tensor | None = None  # of the samples in the forward to come, [batch, tasks]
+        # Of the samples in the last forward, [batch, tasks], by whether autograd records: what runs between a loss and
+        # its backward without it, such as a metric, does not change what layers that are recomputed then read.
+        self._weights: dict[bool, Tensor] = {}
+        self._pending: WeakSet[Any] = WeakSet()  # forwards that may yet have a backward
+        self._unrecorded: set[str] = set()  # layers that the last of them ran without autograd
 
     # -- attention -----------------------------------------------------------------------------------------------------
 
@@ -128,8 +148,15 @@ class Sapt(Summed):
         return found
 
     def _see(self, inputs: Mapping[str, Any]) -> None:
-        if self.terms is not None and not continues(inputs.get("past_key_values")):
-            self._weights = self.attention(self.pooled(inputs))
+        if self.terms is None or continues(inputs.get("past_key_values")):
+            return
+        weights = self.attention(self.pooled(inputs))
+        self._weights[False] = weights
+        if torch.is_grad_enabled():
+            if weights.requires_grad:
+                weights = Pending.apply(weights, self._pending)
+            self._weights = {True: weights, False: weights}
+            self._unrecorded = set()
 
     def forward_mod(self, step: int, inputs: Mapping[str, Any]) -> None:
         self._see(inputs)
@@ -140,15 +167,36 @@ class Sapt(Summed):
     def gated(self, layer: Layer) -> LoraTerms:
         """All LoRAs as one, each with its weight for the sample."""
         tasks = len(self._keys())
-        if self._weights is None or self._weights.shape[1] != tasks:
+        weights = self._weights.get(torch.is_grad_enabled(), self._weights.get(False))
+        if weights is None or weights.shape[1] != tasks:
             raise ValueError(
                 "sapt weighs LoRAs by the prompt, and saw none since the last task: let the model's own forward run, "
                 "from the prompt on and not from a cache that was filled before"
             )
         inside = bool(self.learned) and tasks > 1
         A, B, scale, *_ = self.with_old(layer) if inside else LoraTerms(layer.A, layer.B, layer.scale)
-        gate = self._weights.repeat_interleave(A.shape[0] // tasks, dim=1)[:, None]
+        self._check_recomputed(layer, weights)
+        gate = weights.repeat_interleave(A.shape[0] // tasks, dim=1)[:, None]
         return LoraTerms(A, B, scale, gate=gate.to(A.device))
+
+    def _check_recomputed(self, layer: Layer, weights: Tensor) -> None:
+        """Gradient checkpointing runs a layer again inside of a backward, where its weights must be those of then."""
+        if torch.compiler.is_compiling():
+            return
+        if not torch.is_grad_enabled():
+            if weights is self._weights.get(True):  # not those of a forward without autograd
+                self._unrecorded.add(layer.name)
+        elif weights.requires_grad and torch._C._current_graph_task_id() >= 0:
+            if layer.name in self._unrecorded:
+                raise ValueError(
+                    "sapt's attention is one for all layers, which gradient checkpointing with use_reentrant=True "
+                    "cannot differentiate; pass use_reentrant=False"
+                )
+            if len(self._pending) > 1:
+                raise ValueError(
+                    f"sapt with gradient checkpointing: {len(self._pending)} forwards wait for their backward, and the "
+                    "layers that are recomputed cannot tell whose weights they had; call backward after each of them"
+                )
 
     # -- a task --------------------------------------------------------------------------------------------------------
 
@@ -165,7 +213,7 @@ class Sapt(Summed):
     def init_adapter(self, i: int) -> None:
         super().init_adapter(i)
         self._learn()
-        self._weights = None
+        self._weights = {}
         self.route(self.gated)
 
     def _learn(self) -> None:
@@ -207,7 +255,7 @@ class Sapt(Summed):
             kept[f"target{i}"] = self.attention(samples).mean(0).detach()
         super().after_task(i, data)
         self.state = kept
-        self._weights = None
+        self._weights = {}
 
     def select(self, task: int | None) -> None:
         self.route(self.gated)

@@ -28,7 +28,7 @@ from torch import Tensor
 
 from mbf.methods._summed import Summed
 from mbf.methods.base import Batches, Factors, Layer, MethodInfo, Options, register
-from mbf.ops import LoraTerms
+from mbf.ops import BranchTerms, LoraTerms
 
 
 class SdLoraOptions(Options):
@@ -123,6 +123,14 @@ class SdLora(Summed):
 
     def _first(self, layer: Layer) -> LoraTerms:
         return LoraTerms(layer.A, layer.B, layer.scale, gate=self._alpha(self.index(layer)).expand(len(layer.A)))
+
+    def merged_terms(self, layer: Layer, index: int, i: int, weight: float | Tensor | None) -> BranchTerms:
+        if self.options.handover == "jump" and weight is None:
+            raise ValueError(
+                "method 'sdlora' with handover='jump' computes something else once the task is an old one, which "
+                "merged_view() cannot show; end the task, or evaluate the model as it trains"
+            )
+        return super().merged_terms(layer, index, i, weight)
 
     def with_old(self, layer: Layer) -> LoraTerms:
         n = self.index(layer)

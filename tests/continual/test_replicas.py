@@ -14,6 +14,7 @@ from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
 from mbf.continual import ContinualLora, TaskError
+from mbf.continual.replicas import Replicas
 from mbf.peft import calls, fuse
 from tests.continual.tiny import base_model, batch, logits, peft_model
 from tests.processes import together
@@ -165,6 +166,56 @@ def test_loda_takes_one_step_on_two_processes(gao: bool) -> None:
     if not gao:  # with it the rows are split apart by each process
         for factors, wanted in zip(first, alone, strict=True):
             torch.testing.assert_close(factors, wanted, rtol=2e-3, atol=2e-4)
+
+
+def learn_with_statistics(method: str, options: dict[str, Any], own: bool) -> dict[str, list[Tensor]]:
+    """Two tasks of four batches, of which a process looks at all or, ``own``, at every other one."""
+    rank, size = (dist.get_rank(), dist.get_world_size()) if dist.is_initialized() else (0, 1)
+    model = model_for("ddp", seed=rank)
+    torch.manual_seed(10 + rank)
+    learner = ContinualLora(model, method, **options)
+    for n in (1, 2):
+        data = [batch(100 * n + step) for step in range(4)]
+        with learner.task(f"t{n}", data[rank::size] if own else data):
+            train(prepared(model, "ddp" if size > 1 else "alone"), n)
+    factors = learner.method.current.clone()
+    return {"A": factors.A, "B": factors.B, "state": [t.clone() for t in learner.method.state_tensors()]}
+
+
+@pytest.mark.parametrize("own", [False, True])
+@pytest.mark.parametrize(
+    ("method", "options"),
+    [
+        ("inflora", {}),
+        ("inflora", {"energy": "C^1/2"}),
+        ("keeplora", {}),
+        ("loda", {"gao": False}),
+        ("pm", {"eps": 0.0}),
+        ("pm", {"eps": 0.0, "fisher": "factored"}),
+        ("corda", {}),
+    ],
+)
+def test_statistics_are_those_of_all_processes_data(method: str, options: dict[str, Any], own: bool) -> None:
+    first, second = together(learn_with_statistics, method, options, own)
+    for key in ("A", "B", "state"):
+        assert_equal(first[key], second[key])
+    torch.manual_seed(0)
+    alone = learn_with_statistics(method, options, False)
+    for A, B, wanted_A, wanted_B in zip(first["A"], first["B"], alone["A"], alone["B"], strict=True):
+        torch.testing.assert_close(B @ A, wanted_B @ wanted_A, rtol=1e-2, atol=2e-3)
+    assert [t.shape for t in first["state"]] == [t.shape for t in alone["state"]]
+
+
+def share_other_shapes() -> str:
+    mine = [torch.full((2, 3), 1.0), torch.full((4, 3 + dist.get_rank()), 2.0)]
+    with pytest.raises(RuntimeError, match="1 of the 2 processes") as error:
+        Replicas().share(mine, torch.device("cpu"))
+    return str(error.value)
+
+
+def test_adapters_of_other_shapes_are_told_on_every_process() -> None:
+    first, second = together(share_other_shapes)
+    assert first == second and "give all of them the same method, options and model" in first
 
 
 def learn_and_save(how: str, out: Path) -> list[Tensor]:

@@ -5,8 +5,10 @@ import math
 import pytest
 import torch
 
+import mbf
 from mbf.methods.mora import plain_lora, update
 from mbf.ops import mora_size
+from tests.continual.tiny import base_model, logits, peft_model, train
 from tests.methods.plain import WIDTHS, begin, end, method
 
 KINDS = (1, 6)
@@ -182,3 +184,14 @@ def test_what_ships_is_what_computes(kind):
     end(rule, 2)
     shipped = rule.shipped()
     close([layer.scale * B @ A for layer, A, B in zip(rule.layers, shipped.A, shipped.B, strict=True)], deltas(rule))
+
+
+@pytest.mark.parametrize("merge", ["none", "slao"])
+def test_a_learner_is_saved_after_its_first_task(merge, tmp_path):
+    model = peft_model()
+    learner = mbf.ContinualLora(model, "mora", merge=merge)
+    with learner.task("one"):
+        train(model, 1)
+    learner.save(tmp_path / "learner")
+    loaded = mbf.ContinualLora.load(base_model(), tmp_path / "learner")
+    assert torch.equal(logits(loaded.model), logits(model))

@@ -27,6 +27,18 @@ def test_projection_is_orthogonal_to_the_merged_vector(shape, alpha):
     assert (U[:, :k].mT @ projected @ Vh[:k].mT).norm() < 1e-4 * tau.norm()
 
 
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("width", [128, 1024])
+def test_half_precision_is_projected_too(dtype, width):
+    D, tau = torch.randn(8, width).to(dtype), torch.randn(8, width) / width**0.5
+    tau = (tau + D.float() / width).to(dtype)
+    before, after = (
+        torch.nn.functional.cosine_similarity(D.double().flatten(), one.double().flatten(), dim=0)
+        for one in (tau, project_out(tau, D, 0.5))
+    )
+    assert abs(before) > 0.02 and abs(after) < 2e-3
+
+
 def test_zero_merged_vector_projects_nothing():
     tau = torch.randn(3, 4)
     assert torch.equal(project_out(tau, torch.zeros(3, 4), 0.5), tau)

@@ -211,7 +211,7 @@ def test_decoding_goes_on_with_the_weights_of_the_prompt():
         whole = model(input_ids=x, attention_mask=mask, position_ids=positions, labels=labels).logits
         unlabelled = model(input_ids=x, attention_mask=mask, position_ids=positions).logits
         out = model(input_ids=x[:, :5], attention_mask=mask[:, :5], position_ids=positions[:, :5], use_cache=True)
-        steps, weights = [out.logits], learner.method._weights
+        steps, weights = [out.logits], learner.method._weights[False]
         for n in range(5, 9):
             out = model(
                 input_ids=x[:, n : n + 1],
@@ -221,7 +221,7 @@ def test_decoding_goes_on_with_the_weights_of_the_prompt():
                 use_cache=True,
             )
             steps.append(out.logits)
-    assert torch.equal(learner.method._weights, weights)
+    assert torch.equal(learner.method._weights[False], weights)
     torch.testing.assert_close(torch.cat(steps, dim=1)[mask > 0], whole[mask > 0], rtol=1e-4, atol=1e-4)
     assert (whole - unlabelled).abs().max() > 1e-3
 
@@ -231,7 +231,7 @@ def test_generate_uses_the_prompt_s_weights_for_every_beam():
     x = ids(7, rows=2, tokens=6, vocabulary=VOCABULARY)
     model.generate(input_ids=x, generation_config=GenerationConfig(max_new_tokens=4, num_beams=2, pad_token_id=0))
     w = attention(learner.method, x.tolist())
-    torch.testing.assert_close(learner.method._weights, w.repeat_interleave(2, 0), **CLOSE)
+    torch.testing.assert_close(learner.method._weights[False], w.repeat_interleave(2, 0), **CLOSE)
 
 
 def test_an_empty_cache_continues_nothing():
@@ -421,6 +421,59 @@ def test_a_trainer_trains_keys_and_net_too(checkpointing, tmp_path):
             now = [p for name in ("key", "query") for p in learner.method.learned[name]]
             assert i == 1 or all((p != q).any() for p, q in zip(begun, now, strict=True))
     assert [record.steps for record in learner.history] == [4, 4]
+
+
+def recomputed_gradients(between, reentrant=None):
+    """The gradients of a second task's step, with activations recomputed or (None) kept."""
+    torch.manual_seed(0)
+    model = peft_model()
+    learner = mbf.ContinualLora(model, "sapt")
+    with learner.task("one"):
+        train(model, 1)
+    if reentrant is not None:
+        model.enable_input_require_grads()
+        model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": reentrant})
+    torch.manual_seed(4)
+    learner.begin_task("two")
+    for layer in learner.layers:
+        layer.B.data.normal_()
+    model.train()
+    loss = model(**batch(200)).loss
+    loss = between(model, loss) or loss
+    loss.backward()
+    learned = [p for parameters in learner.method.learned.values() for p in parameters]
+    return [p.grad for p in [*learned, *(part for layer in learner.layers for part in (layer.A, layer.B))]]
+
+
+def metric(model, loss):
+    with torch.no_grad():
+        model(**batch(201))
+
+
+def reference(model, loss):
+    with torch.no_grad(), model.disable_adapter():
+        model(**batch(201))
+
+
+def second(model, loss):
+    return loss + model(**batch(201)).loss
+
+
+@pytest.mark.parametrize("between", [lambda model, loss: None, metric, reference])
+def test_recomputed_layers_have_the_weights_of_their_forward(between):
+    expected, found = recomputed_gradients(lambda model, loss: None), recomputed_gradients(between, reentrant=False)
+    assert all(g.any() for g in expected)
+    for one, other in zip(found, expected, strict=True):
+        torch.testing.assert_close(one, other, rtol=0, atol=0)
+
+
+def test_what_cannot_be_recomputed_is_said():
+    with pytest.raises(ValueError, match="use_reentrant=True cannot differentiate; pass use_reentrant=False"):
+        recomputed_gradients(lambda model, loss: None, reentrant=True)
+    with pytest.raises(ValueError, match="2 forwards wait for their backward"):
+        recomputed_gradients(second, reentrant=False)
+    both = recomputed_gradients(second)
+    assert all(g.any() for g in both)
 
 
 def test_an_adapter_trained_elsewhere_is_task_1_and_samples_survive_loading(tmp_path):

@@ -138,12 +138,14 @@ def load(
             _check_base(root, header, model)
             model = _with_adapter(model, root, adapter)
         layers = adapter_layers(model, adapter)
+        if not known:
+            _as_stored(layers, factors)
         merged = _match(root, header.layers, layers, factors)
         learner = cls(model, method, adapter, learnt=False, fuse=fuse, process_group=process_group)
         with torch.no_grad():
             method.write(merged)
         sync_config(model, adapter)
-        _take_state(root, method, {name: t.to(layers[0].A.device) for name, t in state.items()})
+        _take_state(root, method, _beside(layers, factors, state))
         learner.history = [TaskRecord(**record.model_dump()) for record in header.history]
         if learner.history:
             _select(root, learner)
@@ -295,6 +297,23 @@ def _with_adapter(model: nn.Module, root: Path, adapter: str) -> nn.Module:
         model.set_adapter(adapter)
         return model
     return PeftModel.from_pretrained(model, str(root), adapter_name=adapter, is_trainable=True)
+
+
+def _as_stored(layers: list[AdapterLayer], factors: Mapping[str, tuple[Tensor, Tensor]]) -> None:
+    """The dtype of the file, which PEFT widens in loading."""
+    for layer in layers:
+        stored = factors.get(_peft_key(layer.name))
+        for parameter, kept in zip((layer.A, layer.B), stored or (), strict=False):
+            parameter.data = parameter.data.to(kept.dtype)
+
+
+def _beside(
+    layers: list[AdapterLayer], factors: Mapping[str, tuple[Tensor, Tensor]], state: Mapping[str, Tensor]
+) -> dict[str, Tensor]:
+    """The state on the adapter's device, what was of the stored adapter's half type in the type that it now has."""
+    A, stored = layers[0].A, next(iter(factors.values()))[0].dtype
+    halves = (torch.bfloat16, torch.float16)
+    return {n: t.to(A) if t.dtype is stored and stored in halves else t.to(A.device) for n, t in state.items()}
 
 
 def _match(

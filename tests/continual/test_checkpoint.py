@@ -5,7 +5,7 @@ import warnings
 
 import pytest
 import torch
-from peft import LoraConfig, PeftModel
+from peft import LoraConfig, PeftModel, get_peft_model
 from safetensors.torch import load_file
 
 import mbf
@@ -163,3 +163,37 @@ def test_another_adapter_is_refused(config, message, tmp_path):
     with pytest.raises(CheckpointError, match=message):
         mbf.ContinualLora.load(model, tmp_path / "run")
     assert torch.equal(logits(model), before)
+
+
+def half_model():
+    config = LoraConfig(r=4, lora_alpha=8, target_modules=["q_proj", "v_proj", "down_proj"])
+    return get_peft_model(base_model().bfloat16(), config, autocast_adapter_dtype=False)
+
+
+@pytest.mark.parametrize("into", ["base model", "fresh adapter", "wide adapter"])
+@pytest.mark.parametrize("name", METHODS)
+def test_an_adapter_in_half_precision_goes_on_in_it_or_in_a_wider_one(name, into, tmp_path):
+    model = half_model()
+    learner = mbf.ContinualLora(model, name)
+    for i in (1, 2):
+        torch.manual_seed(i)
+        with learner.task(f"t{i}", batches(i)):
+            train(model, i, lr=2e-3)
+    learner.save(tmp_path / "run")
+    other = base_model().bfloat16() if into == "base model" else half_model()
+    if into == "wide adapter":
+        for parameter in other.parameters():
+            parameter.data = parameter.data.float() if parameter.requires_grad else parameter.data
+    twin = mbf.ContinualLora.load(other, tmp_path / "run")
+    wanted = torch.float32 if into == "wide adapter" else torch.bfloat16
+    assert {part.dtype for layer in twin.layers for part in (layer.A, layer.B)} == {wanted}
+    futures = []
+    for one in (learner, twin):
+        torch.manual_seed(9)
+        with one.task("next", batches(9)):
+            train(one.model, 9, lr=2e-3)
+        futures.append(logits(one.model))
+    if into == "wide adapter":
+        assert torch.isfinite(futures[1]).all()
+    else:
+        assert torch.equal(*futures)

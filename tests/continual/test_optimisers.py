@@ -291,3 +291,20 @@ def test_a_block_may_end_its_task_itself() -> None:
         learner.end_task()
         learner.begin_task("four")
     assert [task.name for task in learner.history] == ["one", "three"] and learner.current_task == "four"
+
+
+@pytest.mark.parametrize("method", ["sapt", "loda", "rank1"])
+def test_arguments_by_place_are_seen_as_those_by_name(method: str) -> None:
+    inputs = batch(3)
+    mask = torch.ones_like(inputs["input_ids"])
+    mask[:, :4] = 0  # padding on the left
+
+    def by_place(model: nn.Module, optimizer: torch.optim.Optimizer, _: Any) -> None:
+        model(inputs["input_ids"], mask, labels=inputs["labels"]).loss.backward()
+        optimizer.step()
+
+    def by_name(model: nn.Module, optimizer: torch.optim.Optimizer, _: Any) -> None:
+        model(**inputs, attention_mask=mask).loss.backward()
+        optimizer.step()
+
+    assert apart(learnt(method, {}, by_place)[0], learnt(method, {}, by_name)[0]) == 0

@@ -170,3 +170,20 @@ def test_b0_trains_on_or_is_frozen_after_the_first_task(mode):
     assert not any(torch.equal(a, layer.A) for a, layer in zip(A, learner.layers, strict=True))
     model.eval()
     assert torch.isfinite(model(**batch(1)).loss)
+
+
+@pytest.mark.parametrize("agnostic", ["last", "mean"])
+def test_the_view_is_what_the_task_becomes_or_is_refused(agnostic):
+    model = peft_model()
+    learner = mbf.ContinualLora(model, "lilora", agnostic=agnostic)
+    for i in (1, 2):
+        learner.begin_task(f"t{i}")
+        train(model, i)
+        if agnostic == "mean" and i == 2:
+            with pytest.raises(ValueError, match="'lilora' with agnostic='mean' computes with the mean over all"):
+                learner.merged_view().__enter__()
+            return
+        with learner.merged_view():
+            seen = logits(model)
+        learner.end_task()
+        torch.testing.assert_close(logits(model), seen, rtol=1e-4, atol=1e-5)

@@ -186,3 +186,19 @@ def test_an_adapter_that_was_trained_elsewhere_keeps_its_function():
         train(model, 2)
         inside = logits(model)
     torch.testing.assert_close(logits(model), inside, rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize("handover", ["rescale", "jump"])
+def test_the_view_is_what_the_task_becomes_or_is_refused(handover):
+    model = peft_model()
+    learner = mbf.ContinualLora(model, "sdlora", handover=handover)
+    learner.begin_task("one")
+    train(model, 1)
+    if handover == "jump":
+        with pytest.raises(ValueError, match="'sdlora' with handover='jump' computes something else"):
+            learner.merged_view().__enter__()
+        return
+    with learner.merged_view():
+        seen = logits(model)
+    learner.end_task()
+    torch.testing.assert_close(logits(model), seen, rtol=1e-4, atol=1e-5)

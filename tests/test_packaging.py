@@ -17,7 +17,8 @@ import pytest
 from mbf.ops import native_status
 
 ROOT = Path(__file__).resolve().parents[1]
-SOURCES = ("setup.py", "pyproject.toml", "MANIFEST.in", "LICENSE", "csrc", "kernels", "mbf")
+READ = ("bench", "docs", "examples", "mkdocs.yml", "SECURITY.md")  # what README and tests lead to
+SOURCES = ("setup.py", "pyproject.toml", "MANIFEST.in", "LICENSE", "csrc", "kernels", "mbf", *READ)
 
 native = pytest.mark.skipif(not native_status().loaded, reason=f"mbf._C: {native_status().reason}")
 source_tree = pytest.mark.skipif(not (ROOT / "setup.py").exists(), reason="needs the source tree")
@@ -74,7 +75,7 @@ def test_without_a_compiler_the_wheel_is_pure_and_says_so(tree):
     with zipfile.ZipFile(wheel) as archive:
         names = archive.namelist()
     assert "mbf/kernels/__init__.py" in names and "mbf/ops/merge.py" in names
-    assert files_of(tree, "mbf") <= set(names)
+    assert "mbf/py.typed" in files_of(tree, "mbf") <= set(names)
     assert not [name for name in names if name.startswith(("kernels/", "csrc/", "tests/")) or name.endswith(".so")]
 
 
@@ -124,3 +125,4 @@ def test_the_sdist_holds_every_source(tree):
         "LICENSE",
     } <= names
     assert files_of(tree, "csrc") | files_of(tree, "kernels") | files_of(tree, "mbf") <= names
+    assert set().union(*(files_of(tree, part) or {part} for part in READ)) <= names

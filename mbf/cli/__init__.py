@@ -12,6 +12,9 @@ def main() -> None:
     os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")
     try:
         from mbf.cli.app import app
+    except KeyboardInterrupt:  # what is imported takes seconds; later ones are the commands'
+        print("mbf: interrupted", file=sys.stderr)
+        sys.exit(130)
     except ModuleNotFoundError as error:
         if error.name is None or error.name.partition(".")[0] == "mbf":
             raise

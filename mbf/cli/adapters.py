@@ -21,7 +21,7 @@ _SHOWN = 10
 
 def merge(
     adapters: Annotated[list[Path], typer.Argument(help="PEFT adapters, in the order in which they were trained.")],
-    out: Annotated[Path, typer.Option("--out", help="Folder of the merged adapter.")],
+    out: Annotated[Path, typer.Option("--out", help="Folder of the merged adapter; an older one there is replaced.")],
     method: Annotated[str, typer.Option("--method", help="How to merge; see mbf methods.")] = "slao",
     rank: Annotated[
         int | None,

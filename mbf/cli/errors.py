@@ -10,6 +10,7 @@ from pydantic import ValidationError
 from typer.core import TyperGroup
 
 from mbf.cli.console import err
+from mbf.run.explain import explain
 
 USER, FAILURE, INTERRUPTED = 2, 1, 130
 
@@ -52,15 +53,7 @@ def messages(error: BaseException) -> list[str]:
     if isinstance(error, ModuleNotFoundError) and (error.name or "").partition(".")[0] != "mbf" and error.name:
         return [f'the package {error.name} is missing: pip install "mbf[run]"']
     if isinstance(error, ValidationError):
-        return [_complaint(error.title, detail) for detail in error.errors()]
+        return explain(error)
     if isinstance(error, OSError) and error.filename is not None:
         return [f"{error.filename}: {error.strerror}"]
     return str(error).splitlines() or [type(error).__name__]
-
-
-def _complaint(title: str, detail: Any) -> str:
-    where = ".".join(map(str, detail["loc"])) or title
-    if detail["type"] == "extra_forbidden":
-        return f"{where}: unknown option"
-    message = detail["msg"].removeprefix("Value error, ")
-    return f"{where}: {message}; found {detail['input']!r}"

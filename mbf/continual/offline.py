@@ -149,8 +149,8 @@ def merge_adapters(
     Raises:
         ValueError: an adapter is missing, not a LoRA, or does not fit the first one (layers, widths, ranks); a method
             that cannot merge offline; an ``init_lora_weights`` that took a part out of W ("pissa", "olora", ...) with a
-            method or ranks that do not keep it; rank < 1; an ``out`` that holds something else than an adapter, or a
-            learner. Nothing is written then.
+            method or ranks that do not keep it; rank < 1; an ``out`` that is one of the adapters, or holds something
+            else than an adapter, or a learner. Nothing is written then.
         OSError: ``out`` cannot be written; an adapter that was there is whole.
     """
     if not adapters:
@@ -167,6 +167,8 @@ def merge_adapters(
             f"{', '.join(n for n in available() if get(n).merges_alone)}"
         )
     paths = [Path(path) for path in adapters]
+    if any(Path(out).resolve() == path.resolve() for path in paths):
+        raise ValueError(f"out {str(out)!r} is one of the adapters, which the merge would replace; give another folder")
     configs = [read_config(path) for path in paths]
     described = [_describe(path, config) for path, config in zip(paths, configs, strict=True)]
     for path, other in zip(paths[1:], described[1:], strict=True):

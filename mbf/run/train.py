@@ -34,6 +34,11 @@ def steps_of(examples: int, train: TrainSection) -> int:
     return train.epochs * -(-batches // train.accumulation)
 
 
+def warmup_of(examples: int, train: TrainSection) -> int:
+    """Steps of warm-up: half of a short task's at most, which would else be over before its rate is there."""
+    return min(train.warmup_steps, steps_of(examples, train) // 2)
+
+
 def train_task(
     model: nn.Module,
     examples: Sequence[Mapping[str, list[int]]],
@@ -75,7 +80,7 @@ def train_task(
         gradient_accumulation_steps=train.accumulation,
         learning_rate=train.lr,
         lr_scheduler_type=train.schedule,
-        warmup_steps=train.warmup_steps,
+        warmup_steps=warmup_of(len(examples), train),
         weight_decay=train.weight_decay,
         max_grad_norm=train.clip,
         optim="adamw_torch",

@@ -79,7 +79,7 @@ def _parsed(line: str, where: str) -> Any:
         return json.loads(line, parse_constant=_no_number)
     except json.JSONDecodeError as error:
         raise StreamError(
-            f"{where}: is no JSON: {error.msg} at character {error.colno}; JSONL has one whole object a line"
+            f"{where}: is no JSON: {error.msg} at character {error.pos + 1}; JSONL has one whole object a line"
         ) from None
     except RecursionError:
         raise StreamError(f"{where}: is nested too deep; wanted an object with plain values") from None

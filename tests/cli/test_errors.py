@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+import builtins
+
 import pytest
 from typer.testing import CliRunner
 
 import mbf.run
+from mbf.cli import main
 from mbf.cli.app import app
 from mbf.cli.errors import FAILURE, INTERRUPTED, USER, messages
 from mbf.continual import TaskError
@@ -55,6 +58,11 @@ def test_each_problem_has_its_line(mbf, tmp_path) -> None:
         (["report", "nowhere"], ["nowhere"]),
         (["merge", "nowhere", "--out", "merged"], ["nowhere", "adapter_config.json"]),
         (["merge", "nowhere", "--out", "merged", "--option", "shedule=1/i"], ["shedule", "unknown option"]),
+        (
+            ["merge", "nowhere", "--out", "merged", "--option", "schedule=abc"],
+            ["schedule: found 'abc', wanted '1/sqrt(i)', '1/i' or '1/log(i+1)' or a valid number"],
+        ),
+        (["merge", "one", "two", "--out", "./two"], ["out 'two' is one of the adapters", "give another folder"]),
         (["fetch", "quickstrat"], ["quickstrat", "did you mean 'quickstart'"]),
     ],
     ids=lambda value: " ".join(value) if value[0] in ("run", "resume", "report", "merge", "fetch") else "",
@@ -133,3 +141,17 @@ def test_messages() -> None:
 def test_the_package_keeps_its_public_names() -> None:
     """The commands call these; a rename shows here and not at a user's."""
     assert [name for name in ("load_config", "run", "resume", "Progress") if not hasattr(mbf.run, name)] == []
+
+
+def test_an_interruption_while_the_commands_are_imported_is_a_line_too(monkeypatch, capsys) -> None:
+    real = builtins.__import__
+
+    def interrupted(name, *arguments, **keywords):
+        if name == "mbf.cli.app":
+            raise KeyboardInterrupt
+        return real(name, *arguments, **keywords)
+
+    monkeypatch.setattr(builtins, "__import__", interrupted)
+    with pytest.raises(SystemExit) as end:
+        main()
+    assert end.value.code == INTERRUPTED and capsys.readouterr().err == "mbf: interrupted\n"

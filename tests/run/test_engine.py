@@ -223,6 +223,19 @@ def test_target_modules_and_trackers_are_taken_as_peft_and_the_trainer_take_them
 
 
 @pytest.mark.usefixtures("no_report")
+@pytest.mark.parametrize(("rows", "steps"), [(2, 1), (6, 3)])
+def test_tasks_that_are_shorter_than_the_warm_up_are_learnt(
+    config, stream: Path, tmp_path: Path, rows: int, steps: int
+) -> None:
+    train = tiny_settings(stream)["train"] | {"rows": rows, "accumulation": 1, "warmup_steps": 5}
+    progress = Recorder()
+    run(config(methods=["seqlora"], train=train), progress)
+    assert progress.of("step")[0][1] == steps
+    adapter = load_file(tmp_path / "run/cells/seqlora-order1-seed0/adapter/adapter_model.safetensors")
+    assert all(bool(B.count_nonzero()) for name, B in adapter.items() if "lora_B" in name)
+
+
+@pytest.mark.usefixtures("no_report")
 def test_a_model_that_one_process_cannot_split_is_said_to_be_whole(config) -> None:
     progress = Recorder()
     run(config(methods=["seqlora"]), progress, sharded=True)

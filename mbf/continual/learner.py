@@ -177,7 +177,8 @@ class ContinualLora:
 
         Args:
             name: what the task is called in history and errors.
-            data, steps: as for ``begin_task``.
+            data: batches of the task, as for ``begin_task``.
+            steps: optimiser steps that the training will take, as for ``begin_task``.
         """
         self.begin_task(name, data, steps)
         active = self._active

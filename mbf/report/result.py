@@ -32,7 +32,10 @@ from mbf.continual.metrics import (
 
 RESULT_FILE = "result.json"
 _DEEPEST = 100
-_RESULT = "result.json"  # of a cell
+_WAY = (
+    "restore it from a copy, give the folder of a run or, if it is a cell's result.json, remove it and `mbf resume` the "
+    "run, which writes it again"
+)
 
 
 class ResultError(ValueError):
@@ -197,7 +200,7 @@ def _read(file: Path) -> RunResult:
     try:
         data = json.loads(file.read_bytes())
     except (OSError, ValueError, RecursionError) as error:
-        raise ResultError(f"{file} cannot be read as JSON: {error}; {_way(file)}") from None
+        raise ResultError(f"{file} cannot be read as JSON: {error}; {_WAY}") from None
     return parse_result(data, file)
 
 
@@ -213,10 +216,4 @@ def parse_result(data: Any, file: Path) -> RunResult:
     try:
         return RunResult.model_validate(data)
     except MALFORMED as error:
-        raise ResultError(f"{file} is not a result of a run: {first_error(error)}; {_way(file)}") from None
-
-
-def _way(file: Path) -> str:
-    if file.name == _RESULT:
-        return "restore it from a copy, or remove it and `mbf resume` the run, which writes it again"
-    return f"give the folder of a run, or a cell's {_RESULT}"
+        raise ResultError(f"{file} is not a result of a run: {first_error(error)}; {_WAY}") from None

@@ -151,7 +151,7 @@ def edited(*path: Any, value: Any) -> Callable[[Any], Any]:
         (
             f"{CELL}/result.json",
             lambda data: [],
-            "is not a result of a run: .*; restore it from a copy, or remove it and",
+            "is not a result of a run: .*; restore it from a copy, give the folder of a run or, .* remove it and",
         ),
         (f"{CELL}/result.json", edited("\ud800", value=1), "is not a result of a run: .*"),
         (
@@ -245,7 +245,7 @@ def test_what_is_whole_is_read(root: Path) -> None:
 @pytest.mark.parametrize(
     ("text", "message"),
     [
-        (b"{", "cannot be read as JSON: .*; restore it from a copy, or remove it and `mbf resume` the run"),
+        (b"{", "cannot be read as JSON: .*; restore it from a copy, give .*, remove it and `mbf resume` the run"),
         (b"[" * 100_000, "cannot be read as JSON"),
         (b"[]", "is not a result of a run"),
         (b'{"schema_version": 99}', "has schema_version 99, this mbf reads 1; update mbf"),

@@ -33,8 +33,8 @@ from mbf.continual.metrics import (
 RESULT_FILE = "result.json"
 _DEEPEST = 100
 _WAY = (
-    "restore it from a copy, give the folder of a run or, if it is a cell's result.json, remove it and `mbf resume` the "
-    "run, which writes it again"
+    "restore it from a copy, give the folder of a run or, if it is a cell's result.json, remove it and `mbf resume` "
+    "the run, which writes it again"
 )
 
 

@@ -96,6 +96,7 @@ class Sapt(Summed):
 
     def __init__(self, **options: Any) -> None:
         super().__init__(**options)
+        self.needs_data = self.options.replay > 0
         # Of the samples in the last forward, [batch, tasks], by whether autograd records: what runs between a loss and
         # its backward without it, such as a metric, does not change what layers that are recomputed then read.
         self._weights: dict[bool, Tensor] = {}

@@ -360,6 +360,15 @@ def test_every_prompt_has_the_same_chance_to_be_kept():
     assert counts.sum() == 800 and counts.min() > 70 and counts.max() < 130  # 100 each, within three deviations
 
 
+def test_data_that_replay_would_use_up_is_refused():
+    learner = mbf.ContinualLora(peft_model(), "sapt", replay=2)
+    with pytest.raises(mbf.continual.TaskError, match="data is a list_iterator, which is its own iterator"):
+        learner.begin_task("one", iter(batches(1)))
+    plain = mbf.ContinualLora(peft_model(), "sapt")
+    with plain.task("one", iter(batches(1))):
+        train(plain.model, 1)
+
+
 def test_replay_and_pseudo_samples_that_are_not_there_are_named():
     rule = method("sapt", replay=2)
     with pytest.raises(ValueError, match=r"replay=2 keeps prompts of each task; pass its batches"):

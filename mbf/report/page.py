@@ -109,6 +109,9 @@ def _template() -> jinja2.Template:
     return environment.get_template("report.html.j2")
 
 
+_OF_A_CELL = ("methods", "orders", "seeds", "output", "on_bad_task")  # settings that runs of one comparison differ in
+
+
 def notes(results: Iterable[RunResult]) -> list[str]:
     """What a reader must know before comparing the runs."""
     found: list[str] = []
@@ -131,6 +134,11 @@ def notes(results: Iterable[RunResult]) -> list[str]:
     differ = sorted(_facts({run.cell: run.versions for run in results})["differing"])
     if differ:
         found.append(f"The runs used different versions of {', '.join(differ)}; see Versions.")
+    configs = _facts({run.cell: run.config for run in results})["differing"]
+    if differ := sorted(key for key in configs if key.partition(".")[0] not in _OF_A_CELL):
+        found.append(
+            f"The runs differ in {', '.join(differ)}, and a row may be a mean over runs that do; see Configuration."
+        )
     return found
 
 

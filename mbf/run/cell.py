@@ -164,7 +164,7 @@ class Cell:
     def _train(self, learner: ContinualLora, number: int) -> Trained:
         name, members = self.rounds[number - 1]
         train, progress = self.config.train, self.bench.progress
-        examples = [e for task in members for e in self.bench.encoder.examples(self.bench.stream.tasks[task].train)]
+        examples = [example for task in members for example in self.bench.examples(task)]
         steps = steps_of(len(examples), train)
         progress.task_started(self.key.name, name, number, len(self.rounds), steps)
         checkpoint = self.processes.on_main(lambda: newest(self.directory.train(number)))

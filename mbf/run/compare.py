@@ -86,7 +86,7 @@ def compare(
         todo = _todo(state_of(root, planned, {}))
         if todo and bench is None:
             bench = _workbench(config, planned, progress)
-            check_same_data(run, bench.data_hashes())
+            check_same_data(run, bench)
             note_versions(run, progress)
         write_plan(root, planned)
         failed = {} if bench is None else _run_cells(planned, todo, run, bench, deadline)
@@ -114,7 +114,7 @@ def _open_or_create(root: Path, config: RunConfig, bench: Workbench | None) -> R
         check_settings(run, config)
         return run
     assert bench is not None
-    facts = {"command": command_line(), "versions": versions(), "data": bench.data_hashes()}
+    facts = {"command": command_line(), "versions": versions(), **bench.facts()}
     return RunDirectory.create(root, config, facts)
 
 

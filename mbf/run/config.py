@@ -39,6 +39,10 @@ def _one_is_a_list(value: Any) -> Any:
     return [value] if isinstance(value, str | int | Mapping) else value
 
 
+MOST_SEED = 429_495
+"""Of a run: 10,000 times it, and the number of a task, make a task's seed, of 32 bits."""
+
+
 class _Section(BaseModel):
     model_config = ConfigDict(extra="forbid", frozen=True, allow_inf_nan=False)
 
@@ -158,7 +162,7 @@ class RunConfig(_Section):
     orders: Annotated[list[Annotated[int, Field(ge=1)]], BeforeValidator(_one_is_a_list)] = Field(
         default=[1], min_length=1
     )
-    seeds: Annotated[list[Annotated[int, Field(ge=0)]], BeforeValidator(_one_is_a_list)] = Field(
+    seeds: Annotated[list[Annotated[int, Field(ge=0, le=MOST_SEED)]], BeforeValidator(_one_is_a_list)] = Field(
         default=[0], min_length=1
     )
     lora: LoraSection = LoraSection()

@@ -66,6 +66,34 @@ class Encoder:
         return [bos] if bos is not None and self.tokenizer("a")["input_ids"][:1] == [bos] else []
 
 
+def lost_by_cutting(
+    rows: Iterable[Mapping[str, str]], examples: Sequence[Mapping[str, list[int]]], held_out: Iterable[Sequence[int]]
+) -> list[str]:
+    """What is no longer told apart where only the beginning of a text is kept.
+
+    Args:
+        rows: of training, with the columns text and question.
+        examples: the same as ``Encoder.examples`` made them.
+        held_out: prompts of the test rows. No whole text is in both splits.
+    """
+    seen: dict[tuple[int, ...], set[tuple[str, tuple[int, ...]]]] = {}
+    for row, example in zip(rows, examples, strict=True):
+        seen.setdefault(tuple(example["prompt"]), set()).add((row["text"], tuple(example["answer"])))
+    unlike = {p for p, found in seen.items() if len({t for t, _ in found}) > 1 and len({a for _, a in found}) > 1}
+    ambiguous = sum(tuple(example["prompt"]) in unlike for example in examples)
+    held_out = [tuple(prompt) for prompt in held_out]
+    leaked = sum(prompt in seen for prompt in held_out)
+    notes = []
+    if ambiguous:
+        notes.append(
+            f"{ambiguous} of {len(examples)} training rows begin as others do that have another answer, and the model "
+            "sees no more of them"
+        )
+    if leaked:
+        notes.append(f"{leaked} of {len(held_out)} test rows begin as training rows do, and the model sees no more")
+    return notes
+
+
 @dataclass(frozen=True)
 class Collator:
     """Batches of training examples, as a causal LM of transformers takes them.

@@ -51,6 +51,7 @@ class _Facts(BaseModel):
     sha256: str
     versions: dict[str, str | None]
     data: dict[str, str]
+    rules: dict[str, str] = {}
     command: str
 
 

@@ -5,12 +5,12 @@ from __future__ import annotations
 import shlex
 import sys
 import time
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 from mbf.run.config import OnBadTask, RunConfig
 from mbf.run.directory import COMPARISON, RunDirectory, RunError, check_free, locked
@@ -53,7 +53,7 @@ def run(config: RunConfig, progress: Progress | None = None, *, sharded: bool = 
     here.on_main(lambda: check_free(root))
     bench = here.together(lambda: Workbench(config, progress, here))
     with _locked(root, here):
-        facts = {"command": command_line(), "versions": versions(), "data": bench.data_hashes()}
+        facts = {"command": command_line(), "versions": versions(), **bench.facts()}
         return _run_cells(here.on_main(lambda: RunDirectory.create(root, config, facts)), bench, progress)
 
 
@@ -112,7 +112,7 @@ def resume(
     found = here.on_main(lambda: _open_run(root, on_bad_task))
     with _locked(root, here):
         bench = here.together(lambda: Workbench(found.config, progress, here))
-        check_same_data(found, bench.data_hashes())
+        check_same_data(found, bench)
         note_versions(found, progress)
         return _run_cells(found, bench, progress)
 
@@ -152,12 +152,23 @@ def note_versions(run: RunDirectory, progress: Progress) -> None:
             progress.message(f"{name} was {then} when the run was started and is {now} now: bits may differ")
 
 
-def check_same_data(run: RunDirectory, hashes: Mapping[str, Any]) -> None:
-    """Raise RunError where the rows of a task are not those that the run was started with."""
-    then = run.facts["data"]
+def check_same_data(run: RunDirectory, bench: Workbench) -> None:
+    """Raise RunError where rows of a task, what scores them, or the model are not those that the run was started with.
+
+    Runs of older versions tell of the rows alone.
+    """
+    facts = bench.facts()
+    then, hashes = run.facts["data"], facts["data"]
     changed = [task for task in sorted(then.keys() | hashes.keys()) if then.get(task) != hashes.get(task)]
     if changed:
         raise RunError(
             f"{run.root}: the rows of {', '.join(changed)} are not those that the run was started with; "
             "put the data back to go on, or start a new run"
+        )
+    then, rules = run.facts.get("rules", {}), facts["rules"]
+    changed = [what for what in sorted(then.keys() & rules.keys()) if then[what] != rules[what]]
+    if changed:
+        raise RunError(
+            f"{run.root}: {', '.join(changed)} changed since the run was started, so its scores do not compare with "
+            "new ones; put back what it was to go on, or start a new run"
         )

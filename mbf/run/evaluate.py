@@ -3,7 +3,8 @@
 Classification ranks the labels by length-normalised log-likelihood; ``choice_scores`` does that in two forwards a
 batch, whatever the number of labels: one over the prompts, and one over the *tree* of the labels' tokens, in which
 labels that begin alike share nodes, each node seeing its prompt (from the key-value cache) and its own ancestors.
-Labels of a single token need no second forward.
+Labels of a single token need no second forward. Where a label begins another, as "1" does "10", all end in EOS, as they
+do in training: else nothing would count against stopping at the shorter one.
 """
 
 from __future__ import annotations
@@ -92,9 +93,17 @@ class TestSet:
             prompts=encoder.prompts(task.test),
             references=list(task.test["references"]),
             labels=task.labels,
-            choices=ChoiceTree.of(encoder.answers(task.labels)) if classify else None,
+            choices=ChoiceTree.of(told_apart(encoder.answers(task.labels), encoder)) if classify else None,
             encoder=encoder,
         )
+
+
+def told_apart(labels: list[list[int]], encoder: Encoder) -> list[list[int]]:
+    """Token ids of every label, with EOS if one is the beginning of another."""
+    beginnings = {tuple(label[:n]) for label in labels for n in range(1, len(label))}
+    if beginnings.isdisjoint(map(tuple, labels)):
+        return labels
+    return [[*label, encoder.tokenizer.eos_token_id] for label in labels]
 
 
 def evaluate(
@@ -206,6 +215,8 @@ def same_answer(prediction: str, reference: str) -> bool:
     "3.14" "314". A comma goes: "1,000" is "1000".
     """
     found, wanted = (" ".join(_SURPLUS.sub("", text.lower()).split()) for text in (prediction, reference))
+    if not (found and wanted):  # "+" is not "-", and neither is nothing
+        return prediction.strip() == reference.strip()
     return found == wanted
 
 
@@ -236,11 +247,28 @@ def _generate(model: Any, prompts: list[list[int]], encoder: Encoder, sharded: b
     )
     watch = _WatchForNaN(torch.zeros(len(prompts), dtype=torch.bool, device=device))
     # Synced: processes that are done go on with forwards that others need.
-    ids = model.generate(
-        **inputs, generation_config=greedy, synced_gpus=sharded, logits_processor=LogitsProcessorList([watch])
-    )
+    with _no_settings_of_its_own(model):
+        ids = model.generate(
+            **inputs, generation_config=greedy, synced_gpus=sharded, logits_processor=LogitsProcessorList([watch])
+        )
     texts = tokenizer.batch_decode(ids[:, inputs["input_ids"].shape[1] :], skip_special_tokens=True)
     return [None if bad else text.strip() for text, bad in zip(texts, watch.rows.tolist(), strict=True)]
+
+
+@contextmanager
+def _no_settings_of_its_own(model: Any) -> Iterator[None]:
+    """What a model's ``generation_config.json`` sets (beams, penalties) would fill in what ours leaves open."""
+    from transformers import GenerationConfig
+
+    holders = {id(one): one for one in (model, model.get_base_model() if hasattr(model, "get_base_model") else model)}
+    kept = [(one, one.generation_config) for one in holders.values()]
+    for one, _ in kept:
+        one.generation_config = GenerationConfig()
+    try:
+        yield
+    finally:
+        for one, settings in kept:
+            one.generation_config = settings
 
 
 @dataclass(frozen=True)

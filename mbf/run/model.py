@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import importlib.util
 import json
 import logging
@@ -32,6 +33,8 @@ PACKAGED = {
 
 _GGUF = "SmolLM2-135M-Instruct.Q4_1.gguf"
 _SUMS = "sha256.json"
+_TOKENIZER = ("tokenizer", "special_tokens", "added_tokens", "vocab", "merges")
+_SAMPLES, _SAMPLE = 16, 1 << 16  # of a file, in bytes: weights that were trained on differ everywhere
 _GGUF_SHA256 = "b179c9523d0e6a0f98a330c7562b682750a6f8c8c15e5bc70ea373728110db53"
 
 
@@ -77,6 +80,27 @@ def load_model(
         tokenizer.pad_token = tokenizer.eos_token
     tokenizer.padding_side = "right"
     return model.eval(), tokenizer
+
+
+def digest_of(name: str | os.PathLike[str], model: Any) -> str | None:
+    """What tells this model from another in its place: the hub's commit, or a sha256 over samples of the files.
+
+    None for a model that is made on the spot, or of which nothing is known.
+    """
+    folder = Path(name)
+    if str(name) in PACKAGED or not folder.is_dir():  # packaged ones are checked when they are fetched
+        commit = getattr(model.config, "_commit_hash", None)
+        return None if commit is None or str(name) in PACKAGED else str(commit)
+    digest = hashlib.sha256()
+    for path in sorted(folder.iterdir()):
+        if path.suffix == ".safetensors" or path.name == "config.json" or path.name.startswith(_TOKENIZER):
+            size = path.stat().st_size
+            digest.update(f"{path.name} {size} ".encode())
+            with path.open("rb") as file:
+                for place in range(_SAMPLES):
+                    file.seek(max(0, (size - _SAMPLE) * place // (_SAMPLES - 1)))
+                    digest.update(file.read(_SAMPLE))
+    return digest.hexdigest()
 
 
 @contextmanager

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import difflib
+import hashlib
+import json
 import re
 from pathlib import Path
 from typing import Any
@@ -13,11 +15,11 @@ from transformers.integrations import get_available_reporting_integrations
 from transformers.integrations.integration_utils import INTEGRATION_TO_CALLBACK
 
 from mbf.run.config import ConfigError, RunConfig
-from mbf.run.data import Encoder
+from mbf.run.data import Encoder, lost_by_cutting
 from mbf.run.directory import read_json, write_json
 from mbf.run.evaluate import TestSet, evaluate
 from mbf.run.ledger import check_scores
-from mbf.run.model import load_model
+from mbf.run.model import digest_of, load_model
 from mbf.run.processes import Processes
 from mbf.run.progress import Progress
 from mbf.streams import Stream, load_stream
@@ -53,13 +55,34 @@ class Workbench:
         progress.message(f"loading {config.model}")
         model, self.tokenizer = load_model(config.model, getattr(torch, config.dtype))
         self._loaded: Any = model
+        self._model_digest = digest_of(config.model, model)
         self._check_targets(model)
         self.encoder = Encoder(self.tokenizer, config.train.text_tokens, config.train.answer_tokens)
+        self._told: set[str] = set()
         self.tests = {name: TestSet.of(task, self.encoder) for name, task in self.stream.tasks.items()}
 
-    def data_hashes(self) -> dict[str, str]:
-        """sha256 of the rows by task."""
-        return {name: task.fingerprint for name, task in self.stream.tasks.items()}
+    def facts(self) -> dict[str, dict[str, str]]:
+        """What scores depend on: ``data``, sha256 of the rows by task, and ``rules``, that of all else by its name."""
+        tasks = self.stream.tasks
+        rules = {
+            f"labels or metric of {name}": hashlib.sha256(
+                json.dumps([task.kind, task.labels, task.noun, task.metric]).encode()
+            ).hexdigest()
+            for name, task in tasks.items()
+        }
+        if self._model_digest is not None:
+            rules["the model"] = self._model_digest
+        return {"data": {name: task.fingerprint for name, task in tasks.items()}, "rules": rules}
+
+    def examples(self, name: str) -> list[dict[str, list[int]]]:
+        """A task's training rows as tokens; what is lost by cutting their texts is told the first time."""
+        task = self.stream.tasks[name]
+        examples = self.encoder.examples(task.train)
+        if name not in self._told:
+            self._told.add(name)
+            for note in lost_by_cutting(task.train, examples, self.tests[name].prompts):
+                self.progress.message(f"{name}: {note}; raise train.text_tokens ({self.config.train.text_tokens})")
+        return examples
 
     def base_model(self) -> nn.Module:
         """The model as it came, a new one at every call, on ``device``, which accelerate chooses."""

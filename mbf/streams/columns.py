@@ -31,6 +31,14 @@ def _load_files(spec: TaskSpec) -> dict[Split, Table]:
     files = {split: folder / file for split, file in spec.splits.items()} or {
         split: path for split in SPLITS for path in sorted(folder.glob(f"{split}.*")) if path.suffix in READERS
     }
+    if not spec.splits:
+        for split in SPLITS:
+            found = [path.name for path in sorted(folder.glob(f"{split}.*")) if path.suffix in READERS]
+            if len(found) > 1:
+                raise StreamError(
+                    f"task {spec.name!r}, split {split!r}: {folder} has {' and '.join(found)}; leave one, or name the "
+                    "files under 'splits'"
+                )
     for split in ("train", "test"):
         if split not in files or not files[split].is_file():
             raise StreamError(

@@ -40,6 +40,7 @@ def read_task(
             raise
         reason = f"{error.strerror}: {error.filename}"
         raise StreamError(f"task {spec.name!r} cannot be read ({reason}); name files that can") from None
+    content = _stripped(content)
     labels = _labels(spec, content)
     rows = {
         split: [_row(example, bool(labels), spec.noun) for example in examples]
@@ -76,16 +77,48 @@ def _labels(spec: TaskSpec, content: Content) -> list[str]:
     if spec.kind == "generation":
         return []
     if isinstance(spec.labels, dict):
-        return list(dict.fromkeys(spec.labels.values()))
+        return list(dict.fromkeys(label.strip() for label in spec.labels.values()))
     given = spec.labels or content.labels
     if given is not None:
-        return list(given)
+        return [label.strip() for label in given]
     if spec.kind == "classification":
         return sorted({example.answers[0] for example in content.splits.get("train", [])})
-    labels = closed_set({split: [example.answers for example in rows] for split, rows in content.splits.items()})
+    answers: dict[str, list[tuple[str, ...]]] = {
+        split: [example.answers for example in rows] for split, rows in content.splits.items()
+    }
+    labels = closed_set(answers)
+    _warn_of_strays(spec.name, answers, labels)
     kind = f"classification with labels {labels}" if labels else "generation, its answers are no small closed set"
     logger.info("task %s: taken as %s; say 'kind' or 'labels' to change that", spec.name, kind)
     return labels
+
+
+def _warn_of_strays(name: str, answers: Mapping[str, Sequence[Sequence[str]]], labels: Sequence[str]) -> None:
+    """A few labels that training has not make generation of what else is a classification."""
+    known = closed_set({"train": answers.get("train", ())})
+    if labels or not known:
+        return
+    held_out = [row for split, rows in answers.items() if split != "train" for row in rows]
+    strays = [row for row in held_out if len(row) != 1 or row[0] not in known]
+    if 10 * len(strays) <= len(held_out):
+        found = sorted({answer for row in strays for answer in row if answer not in known})
+        logger.warning(
+            "task %s: training looks like a classification, but %d of %d held-out rows answer otherwise (%s), so it is "
+            "taken as generation; mend these rows, or say 'kind' or 'labels'",
+            name,
+            len(strays),
+            len(held_out),
+            ", ".join(map(repr, found[:5])) or "several answers each",
+        )
+
+
+def _stripped(content: Content) -> Content:
+    """Answers without space around them: " yes" is no label beside "yes"."""
+    splits = {
+        split: [example._replace(answers=tuple(answer.strip() for answer in example.answers)) for example in examples]
+        for split, examples in content.splits.items()
+    }
+    return Content(splits, None if content.labels is None else [label.strip() for label in content.labels])
 
 
 def _row(example: Example, classification: bool, noun: str) -> Row:

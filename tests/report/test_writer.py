@@ -235,6 +235,15 @@ def test_differences_between_runs_are_noted(tmp_path):
     assert "different versions of torch" in page.text
 
 
+def test_settings_that_a_mean_runs_over_are_noted(tmp_path):
+    configs = [{"seeds": [n], "train": {"lr": 1e-3 * (n + 1), "epochs": 1}, "output": f"r{n}"} for n in (0, 1)]
+    page = Page(write_report([run(seed=n, config=config) for n, config in enumerate(configs)], tmp_path / "a"))
+    assert "The runs differ in train.lr, and a row may be a mean over runs that do" in page.text
+    configs[1]["train"]["lr"] = 1e-3
+    page = Page(write_report([run(seed=n, config=config) for n, config in enumerate(configs)], tmp_path / "b"))
+    assert "The runs differ in" not in page.text
+
+
 def test_streams_have_their_own_parts(tmp_path):
     page = Page(write_report([run(), run(stream="real-5", tasks=("yahoo", "imdb"))], tmp_path))
     assert [row[0] for row in page.scores("matrix-real-5-slao-o1-s0")] == ["11.2", "12.2"]

@@ -42,6 +42,7 @@ def test_defaults_are_those_of_the_probe() -> None:
         ("stream: s\nlora: {dropout: 1}", "lora.dropout: found 1, wanted less than 1"),
         ("stream: 3", "stream: found 3, wanted a packaged stream's name"),
         ("model: m", "stream: is missing; add it"),
+        ("stream: s\nseeds: [20240101]", "seeds.0: found 20240101, wanted less than or equal to 429495"),
         ("stream: s\norders: [0]", "orders.0: found 0, wanted greater than or equal to 1"),
         ("stream: s\nseeds: [1, 1]", "seeds: 1 is there more than once"),
         ("stream: s\nmethods: [slao, slao]", "methods: slao is there more than once; give each a label of its own"),

@@ -265,6 +265,32 @@ def test_changed_data_is_refused(finished: Finished, tmp_path: Path, stream: Pat
         file.write_text(text)
 
 
+@pytest.mark.usefixtures("no_report")
+def test_other_labels_or_another_model_in_its_place_are_refused(config, stream: Path, tmp_path: Path) -> None:
+    model, tokenizer = load_model("tiny-random-llama")
+    folder, file = tmp_path / "model", tmp_path / "tasks.yaml"
+    model.save_pretrained(folder)
+    tokenizer.save_pretrained(folder)
+    tasks = [{"name": name, "path": str(stream / name)} for name in ("animal", "verb")]
+    file.write_text(json.dumps({"tasks": tasks}))
+    chosen = config(stream=str(file), model=str(folder), methods=["seqlora"])
+    run(chosen)
+    resume(tmp_path / "run", Recorder())
+    tasks[1]["labels"] = ["run", "walk slowly", "fly"]
+    file.write_text(json.dumps({"tasks": tasks}))
+    with pytest.raises(RunError, match="labels or metric of verb changed since the run was started"):
+        resume(tmp_path / "run", Recorder())
+    del tasks[1]["labels"]
+    file.write_text(json.dumps({"tasks": tasks}))
+    (folder / "generation_config.json").write_text("{}")
+    resume(tmp_path / "run", Recorder())
+    with torch.no_grad():
+        model.lm_head.weight.mul_(1.5)
+    model.save_pretrained(folder)
+    with pytest.raises(RunError, match="the model changed since the run was started, so its scores do not compare"):
+        resume(tmp_path / "run", Recorder())
+
+
 class Drifting(Method):
     """Changes its state inside a task, and the adapter by it and by the number of the step."""
 

@@ -10,8 +10,17 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import nn
 
-from mbf.run.data import Encoder
-from mbf.run.evaluate import ChoiceTree, TestSet, choice_scores, evaluate, rouge_l, same_answer
+from mbf.run.data import Collator, Encoder, lost_by_cutting
+from mbf.run.evaluate import (
+    ChoiceTree,
+    TestSet,
+    _generate,
+    choice_scores,
+    evaluate,
+    rouge_l,
+    same_answer,
+    told_apart,
+)
 from mbf.run.model import load_model
 from mbf.streams import Row, make_task
 
@@ -136,6 +145,60 @@ class _OneToken:
         return {"input_ids": [[3 + len(text) + ord(text[-1]) % 100] for text in texts]}
 
 
+def test_labels_end_where_one_begins_another(tiny) -> None:
+    encoder = Encoder(tiny[1], 20, 20)
+    eos = tiny[1].eos_token_id
+    for labels, ends in ((("1", "10", "2"), True), (("yes", "yes indeed"), True), (("red", "rose"), False)):
+        ids = encoder.answers(labels)
+        assert told_apart(ids, encoder) == [[*one, eos] if ends else one for one in ids]
+
+
+def test_a_model_that_has_learnt_them_tells_a_label_from_one_that_it_begins() -> None:
+    """All weights are trained, so that greedy decoding gives every answer to the letter."""
+    torch.manual_seed(0)
+    model, tokenizer = load_model("tiny-random-llama")
+    encoder = Encoder(tokenizer, 20, 20)
+    labels = ("1", "10", "100")
+    data = [Row(f"{'abc'[n % 3]}{n}", " Answer:", labels[n % 3], (labels[n % 3],)) for n in range(9)]
+    batch = Collator(tokenizer.pad_token_id)(encoder.examples([row._asdict() for row in data]))
+    optimizer = torch.optim.AdamW(model.parameters(), lr=3e-3)
+    for _ in range(120):
+        loss = model(**batch).loss
+        loss.backward()
+        optimizer.step()
+        optimizer.zero_grad()
+    assert loss < 0.05
+    test = [row._replace(text=row.text.strip()) for row in data]
+    task = make_task("t", {"train": rows(["1"]), "test": test}, labels=labels, noun="n")
+    assert evaluate(model, TestSet.of(task, encoder)) == 100.0
+
+
+def test_a_models_own_settings_do_not_change_generation(tiny) -> None:
+    model, tokenizer = tiny
+    task = make_task("t", {"train": rows(["x"] * 4)[3:], "test": rows(["x"] * 3)}, labels=(), noun="n", metric="rougeL")
+    tests = TestSet.of(task, Encoder(tokenizer, 20, 8))
+    found = []
+    for settings_ in ({}, {"no_repeat_ngram_size": 1, "num_beams": 4, "repetition_penalty": 9.0}):
+        other = deepcopy(model)
+        other.generation_config = type(model.generation_config)(**settings_)
+        texts = _generate(other, tests.prompts, tests.encoder, False)
+        found.append(texts)
+        assert all(getattr(other.generation_config, name) == value for name, value in settings_.items())
+    assert found[0] == found[1]
+
+
+def test_what_cutting_loses_is_counted() -> None:
+    rows_ = [{"text": text, "question": ""} for text in ("aaaa 1", "aaaa 2", "aaaa 3", "b", "b")]
+    examples = [
+        {"prompt": [1] if row["text"][0] == "a" else [2], "answer": [answer]}
+        for row, answer in zip(rows_, (7, 8, 7, 9, 7), strict=True)
+    ]
+    ambiguous, leaked = lost_by_cutting(rows_, examples, [[1], [3], [2]])
+    assert ambiguous.startswith("3 of 5 training rows begin as others do that have another answer")
+    assert leaked.startswith("2 of 3 test rows begin as training rows do")
+    assert lost_by_cutting(rows_[3:], examples[3:], [[3]]) == []
+
+
 def test_generation_is_greedy(tiny) -> None:
     model, tokenizer = tiny
     encoder = Encoder(tokenizer, 20, 5)
@@ -214,6 +277,10 @@ def test_exact_match_is_normalised() -> None:
         ("1,000", "1000", True),
         ("well-known", "wellknown", True),
         ("5-6", "56", True),
+        ("+", "-", False),
+        ("", "?", False),
+        (" ? ", "?", True),
+        ("<=", ">=", False),
     ],
 )
 def test_numbers_keep_their_sign_and_their_point(prediction: str, reference: str, same: bool) -> None:

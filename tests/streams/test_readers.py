@@ -234,6 +234,34 @@ def test_a_wrong_row_has_its_number_in_the_data_however_few_are_drawn(tmp_path: 
             load_stream(stream, train_rows=rows, seed=seed, cache=tmp_path / "cache")
 
 
+def test_space_around_a_label_makes_no_other_label(tmp_path: Path) -> None:
+    data = tmp_path / "data"
+    write(data / "train.jsonl", [(text, f" {label}" if n else label) for n, (text, label) in enumerate(COLOURS)])
+    write(data / "test.jsonl", [("moss", "green\n"), ("jeans", "blue")])
+    task = load_one(tmp_path / "cache", path=data)
+    assert task.labels == ("blue", "green") and task.test["answer"] == ["green", "blue"]
+    assert load_one(tmp_path / "cache", path=data, labels=[" green", "blue"]).labels == ("green", "blue")
+
+
+def test_a_stray_label_that_makes_a_generation_is_told(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    data = tmp_path / "data"
+    write(data / "train.jsonl", COLOURS)
+    write(data / "test.jsonl", [*((f"t{n}", "green") for n in range(12)), ("coal", "Black")])
+    with caplog.at_level(logging.WARNING):
+        assert load_one(tmp_path / "cache", path=data).kind == "generation"
+    assert "1 of 13 held-out rows answer otherwise ('Black'), so it is taken as generation" in caplog.text
+
+
+def test_two_files_for_a_split_are_refused(tmp_path: Path) -> None:
+    data = tmp_path / "data"
+    write_task(data)
+    write(data / "train.csv", COLOURS)
+    with pytest.raises(StreamError, match=r"split 'train': .*data has train.csv and train.jsonl; leave one, or name"):
+        load_one(tmp_path / "cache", path=data)
+    splits = {"train": "train.jsonl", "test": "test.jsonl"}
+    assert len(load_one(tmp_path / "cache", path=data, splits=splits).train) == len(COLOURS)
+
+
 def test_every_reference_of_a_classification_is_a_label(tmp_path: Path) -> None:
     rows = {"train": COLOURS, "test": [("moss", ["green", "Green."])]}
     write_sapt(tmp_path / "s" / "t", rows)

@@ -165,7 +165,10 @@ class TrainingHooks:
         """The step that has begun ends before the next forward at the latest."""
         if self._settles is not None:
             self._settles.remove()
-        self._settles = _forward_root(self.learner.model).register_forward_pre_hook(self._next) if so else None
+        self._settles = None
+        if so:
+            root = _forward_root(self.learner.model)
+            self._settles = root.register_forward_pre_hook(self._next, prepend=True)
 
     def _next(self, module: nn.Module, args: Any) -> None:
         self.settle()

@@ -10,7 +10,6 @@ from pydantic import ValidationError
 from typer.core import TyperGroup
 
 from mbf.cli.console import err
-from mbf.run.explain import explain
 
 USER, FAILURE, INTERRUPTED = 2, 1, 130
 
@@ -53,6 +52,8 @@ def messages(error: BaseException) -> list[str]:
     if isinstance(error, ModuleNotFoundError) and (error.name or "").partition(".")[0] != "mbf" and error.name:
         return [f'the package {error.name} is missing: pip install "mbf[run]"']
     if isinstance(error, ValidationError):
+        from mbf.run.explain import explain  # late, as it brings peft, for which --help does not wait
+
         return explain(error)
     if isinstance(error, OSError) and error.filename is not None:
         return [f"{error.filename}: {error.strerror}"]

@@ -85,12 +85,13 @@ def load_model(
 def digest_of(name: str | os.PathLike[str], model: Any) -> str | None:
     """What tells this model from another in its place: the hub's commit, or a sha256 over samples of the files.
 
-    None for a model that is made on the spot, or of which nothing is known.
+    None for a packaged model, or where nothing is known.
     """
+    if str(name) in PACKAGED:  # which is checked when it is fetched
+        return None
     folder = Path(name)
-    if str(name) in PACKAGED or not folder.is_dir():  # packaged ones are checked when they are fetched
-        commit = getattr(model.config, "_commit_hash", None)
-        return None if commit is None or str(name) in PACKAGED else str(commit)
+    if not folder.is_dir():
+        return getattr(model.config, "_commit_hash", None)
     digest = hashlib.sha256()
     for path in sorted(folder.iterdir()):
         if path.suffix == ".safetensors" or path.name == "config.json" or path.name.startswith(_TOKENIZER):

@@ -28,17 +28,7 @@ def read_columns(spec: TaskSpec, cache: str | os.PathLike[str] | None) -> Conten
 
 def _load_files(spec: TaskSpec) -> dict[Split, Table]:
     folder = spec.path or Path()
-    files = {split: folder / file for split, file in spec.splits.items()} or {
-        split: path for split in SPLITS for path in sorted(folder.glob(f"{split}.*")) if path.suffix in READERS
-    }
-    if not spec.splits:
-        for split in SPLITS:
-            found = [path.name for path in sorted(folder.glob(f"{split}.*")) if path.suffix in READERS]
-            if len(found) > 1:
-                raise StreamError(
-                    f"task {spec.name!r}, split {split!r}: {folder} has {' and '.join(found)}; leave one, or name the "
-                    "files under 'splits'"
-                )
+    files = {split: folder / file for split, file in spec.splits.items()} or _found(spec, folder)
     for split in ("train", "test"):
         if split not in files or not files[split].is_file():
             raise StreamError(
@@ -56,6 +46,21 @@ def _load_files(spec: TaskSpec) -> dict[Split, Table]:
         except StreamError as error:
             raise StreamError(f"task {spec.name!r}, split {split!r}: {error}") from None
     return data
+
+
+def _found(spec: TaskSpec, folder: Path) -> dict[Split, Path]:
+    """The file of each split that the folder has."""
+    files: dict[Split, Path] = {}
+    for split in SPLITS:
+        paths = [path for path in sorted(folder.glob(f"{split}.*")) if path.suffix in READERS]
+        if len(paths) > 1:
+            raise StreamError(
+                f"task {spec.name!r}, split {split!r}: {folder} has {' and '.join(path.name for path in paths)}; leave "
+                "one, or name the files under 'splits'"
+            )
+        if paths:
+            files[split] = paths[0]
+    return files
 
 
 def _load_hub(spec: TaskSpec, cache: str | os.PathLike[str] | None) -> dict[Split, Table]:

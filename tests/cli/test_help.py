@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import subprocess
+import sys
+
 import pytest
 
 from mbf import __version__
@@ -37,3 +40,11 @@ def test_no_command_is_help(mbf) -> None:
 
 def test_version(mbf) -> None:
     assert mbf("--version").stdout == f"mbf {__version__}\n"
+
+
+def test_help_waits_for_no_model_library() -> None:
+    """They take seconds to import, and say things of their own."""
+    heavy = "{'peft', 'transformers', 'datasets', 'mbf.run'}"
+    code = f"import sys, mbf.cli.app; print(sorted({heavy} & set(sys.modules)))"
+    found = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert found.stdout.strip() == "[]" and found.stderr == ""
